@@ -1,0 +1,35 @@
+# make demo · make test · make check · make bench
+PYTHON ?= python3
+BIN := .venv/bin
+UI ?= 1
+
+.PHONY: demo test check bench docs clean
+
+demo: .venv/.installed
+	$(BIN)/gradwatch demo $(if $(filter 0,$(UI)),--no-ui)
+
+test: .venv/.installed
+	$(BIN)/pytest
+
+check: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy agent monitor dashboards
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/step.py
+
+docs: .venv/.installed
+	$(BIN)/python docs/generate.py
+
+# The development environment: every version is pinned in constraints.txt.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,159 @@
+"""The arguments of `wrap`, checked: every error names the argument, its value and what is right."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch.optim import Optimizer
+
+from gradwatch._version import __version__
+from gradwatch.errors import ConfigurationError
+from gradwatch.part import Part
+from gradwatch.policies import Policy
+
+if TYPE_CHECKING:
+    from gradwatch.config import Settings
+    from gradwatch.hooks import OnNonFinite, StepHooks
+
+__all__ = [
+    "NOT_GIVEN",
+    "NotGiven",
+    "describe",
+    "loaded",
+    "on_nonfinite",
+    "parts",
+    "settings_of",
+    "tags",
+]
+
+
+class NotGiven:
+    """Stands for an argument that was left out, where None means something."""
+
+    def __repr__(self) -> str:
+        return "…"
+
+
+NOT_GIVEN: Final = NotGiven()
+
+
+def parts(optimizer: Any, clip: Any) -> list[Part]:
+    """The optimizer's parts: one policy over all groups, or one for each."""
+    if not isinstance(optimizer, Optimizer):
+        msg = f"wrap takes a torch.optim.Optimizer, not {type(optimizer).__name__}"
+        raise ConfigurationError(msg)
+    if isinstance(clip, Policy):
+        return [Part(clip)]
+    policies = list(clip) if isinstance(clip, Sequence) else [clip]
+    if not policies or not all(isinstance(p, Policy) for p in policies):
+        msg = f"clip={clip!r}: a policy, as in ClipNorm(1.0), or a list of them"
+        raise ConfigurationError(msg)
+    groups = len(optimizer.param_groups)
+    if len(policies) != groups:
+        msg = (
+            f"clip has {len(policies)} policies and the optimizer {groups} parameter groups; "
+            "a list has one for each group, a single policy is for all together"
+        )
+        raise ConfigurationError(msg)
+    if len({p.norm_type for p in policies}) > 1:
+        msg = "clip: policies in one list need the same norm_type, or no total norm can be given"
+        raise ConfigurationError(msg)
+    return [Part(policy, group) for group, policy in enumerate(policies)]
+
+
+def on_nonfinite(optimizer: Optimizer, parts: list[Part], given: Any) -> OnNonFinite:
+    """What to do with a non-finite step, as far as the policy and the optimizer allow it."""
+    if given not in {"skip", "raise", "ignore"}:
+        msg = f'on_nonfinite={given!r}: "skip", "raise" or "ignore"'
+        raise ConfigurationError(msg)
+    if given != "skip":
+        chosen: OnNonFinite = given
+        return chosen
+    if not any(part.policy.changes_gradients for part in parts):
+        return "ignore"
+    if isinstance(optimizer, torch.optim.LBFGS):
+        msg = (
+            'on_nonfinite="skip" cannot be kept with LBFGS, which steps several times inside '
+            'one step(); use on_nonfinite="raise" or "ignore"'
+        )
+        raise ConfigurationError(msg)
+    return "skip"
+
+
+def settings_of(settings: Any, run: str | None, store: object, metrics_port: object) -> Settings:
+    """The settings with the arguments put before them."""
+    from gradwatch.config import Settings  # noqa: PLC0415 - pydantic is loaded only to wrap
+
+    given: dict[str, Any] = {}
+    if run is not None:
+        given["run"] = run
+    if isinstance(store, (str, Path)):
+        given["store"] = str(store)
+    elif store is not None and not hasattr(store, "write"):
+        msg = f"store={store!r}: a database URL, a file's path, or a Sink"
+        raise ConfigurationError(msg)
+    if metrics_port is not NOT_GIVEN:
+        given["metrics_port"] = metrics_port
+    if settings is None:
+        return Settings.load(**given)
+    if not isinstance(settings, Settings):
+        msg = f"settings={settings!r}: a gradwatch.Settings"
+        raise ConfigurationError(msg)
+    return settings.override(**given)
+
+
+def tags(tags: object) -> dict[str, Any]:
+    """The user's own facts, with text for keys."""
+    if tags is None:
+        return {}
+    if not isinstance(tags, Mapping):
+        msg = f"tags={tags!r}: a dict of your own facts, as in tags={{'batch_size': 64}}"
+        raise ConfigurationError(msg)
+    return {str(key): value for key, value in tags.items()}
+
+
+def loaded(state: Mapping[str, Any], parts: list[Part]) -> list[Any]:
+    """The policies' states from an agent's state_dict, checked against the policies there are."""
+    try:
+        names = [entry["policy"] for entry in state["policies"]]
+        good = state["version"] == 1 and isinstance(state["run_id"], str) and state["step"] >= 0
+    except (TypeError, KeyError):
+        good = False
+    if not good:
+        msg = "load_state_dict takes what Agent.state_dict() returned"
+        raise ConfigurationError(msg)
+    ours = [type(part.policy).__name__ for part in parts]
+    if names != ours:
+        msg = f"the state is of {', '.join(names)}; this agent has {', '.join(ours)}"
+        raise ConfigurationError(msg)
+    return [
+        part.policy.load(entry["state"])
+        for part, entry in zip(parts, state["policies"], strict=True)
+    ]
+
+
+def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict[str, Any]:
+    """What `runs.settings` says of this run: enough to read its numbers by, no secrets."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    policies = [part.policy for part in hooks.parts]
+    return {
+        "optimizer": type(optimizer).__name__,
+        "folds": hooks.folds,
+        "clip": ", ".join(map(str, policies)),
+        "policies": [policy.describe() for policy in policies],
+        "on_nonfinite": hooks.on_nonfinite,
+        "fold": settings.fold,
+        "groups": len(optimizer.param_groups),
+        "tensors": len(params),
+        "parameters": sum(p.numel() for p in params),
+        "device": str(params[0].device) if params else None,
+        "versions": {
+            "gradwatch": __version__,
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
+    }

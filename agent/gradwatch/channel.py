@@ -1,0 +1,80 @@
+"""One ring on its way to the sinks: how far each has come, and what is asked for it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from gradwatch.habits import ClippedTwice
+
+if TYPE_CHECKING:
+    from gradwatch.recorder import Ring
+    from gradwatch.records import Finding, RunInfo, RunStatus
+    from gradwatch.sinks import Sink
+
+__all__ = ["Channel", "Outlet"]
+
+
+class Outlet:
+    """One sink's view of a ring: how far it has come, and when it may be tried again."""
+
+    def __init__(self, name: str, sink: Sink) -> None:
+        self.name = name
+        self.sink = sink
+        self.run: RunInfo | None = None  # as the sink knows it, once opened
+        self.steps = 0
+        self.events = 0
+        self.failures = 0  # in a row
+        self.retry_at = 0.0
+        self.beat_at = 0.0
+
+    def reached(self, target: tuple[int, int]) -> bool:
+        """Whether the sink has all up to these heads of the ring."""
+        return self.steps >= target[0] and self.events >= target[1]
+
+
+class Channel:
+    """The tape of one run: written by the training thread, emptied by the worker."""
+
+    def __init__(self, run: RunInfo, ring: Ring, store: Sink, metrics: Sink) -> None:
+        self.run = run
+        self.ring = ring
+        self.store = Outlet("store", store)
+        self.metrics = Outlet("metrics", metrics)
+        self.habits = ClippedTwice()
+        self.findings: list[Finding] = []  # not in the store yet
+        self.overhead = 0.0  # seconds in the hooks; the training thread adds to it
+        self.urgent = False  # somebody waits: do not let a failing store rest
+        self.closing = False
+        self.status: RunStatus | None = None
+        self.deadline = 0.0
+        self.closed = threading.Event()
+        self.complete = False  # once closed: whether all of the ring was stored
+        self._lost: dict[str, int] = {}  # never reset
+
+    def end(self, status: RunStatus | None, deadline: float) -> None:
+        """Ask the worker to store what is left, until the deadline, and to end the run."""
+        self.status = status
+        self.deadline = deadline
+        self.urgent = self.closing = True
+
+    def lose(self, reason: str, count: int = 1) -> None:
+        """Count records that will not reach the store."""
+        self._lost[reason] = self._lost.get(reason, 0) + count
+
+    # -- what the exporter reads ---------------------------------------------------------------
+
+    def backlog(self) -> int:
+        """Step records in the ring that the store does not have yet."""
+        try:
+            return max(0, self.ring.heads[0] - self.store.steps)
+        except ValueError:  # the ring was let go of
+            return 0
+
+    def overhead_seconds(self) -> float:
+        """Time spent in the hooks on the training thread."""
+        return self.overhead
+
+    def dropped(self) -> dict[str, int]:
+        """Records lost to the store, by reason."""
+        return self._lost

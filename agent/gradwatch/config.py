@@ -1,0 +1,189 @@
+"""Settings: each with its unit and range, an environment variable `GRADWATCH_<NAME>`, a default.
+
+An argument of `wrap` comes before a `Settings` object, that before the environment, that before
+the default written here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from gradwatch.errors import ConfigurationError
+
+__all__ = ["DEFAULT_STORE", "Settings", "redact", "resolve_store", "sqlite_path"]
+
+DEFAULT_STORE = "sqlite:///gradwatch.db"
+_SECRET_WORDS = ("password", "passwd", "pwd", "secret", "token", "key")
+
+
+class Settings(BaseSettings):
+    """All settings of the agent. Frozen; a misspelt name or a value out of range is an error."""
+
+    model_config = SettingsConfigDict(env_prefix="GRADWATCH_", frozen=True, extra="forbid")
+
+    store: Annotated[
+        str, Field(repr=False, description="Where records go: an SQLAlchemy URL, or a file's path.")
+    ] = DEFAULT_STORE
+    run: Annotated[
+        str | None, Field(min_length=1, description="The run's name; default: the script's name.")
+    ] = None
+    run_id: Annotated[
+        str | None,
+        Field(min_length=1, description="The run's uid: a job started again under it resumes it."),
+    ] = None
+    metrics_port: Annotated[
+        int | Literal["off"] | None,
+        Field(
+            description="TCP port of the Prometheus exporter, 1 to 65535; the next free one where "
+            "it is taken; 0: any; `off`: none."
+        ),
+    ] = 9495
+    metrics_addr: Annotated[str, Field(min_length=1, description="Address the exporter binds.")] = (
+        "127.0.0.1"
+    )
+    advertised_addr: Annotated[
+        str | None,
+        Field(description="Host name or address under which Prometheus reaches the exporter."),
+    ] = None
+    disabled: Annotated[
+        bool, Field(description="Stop recording (no ring, worker, store or exporter); clip still.")
+    ] = False
+    fold: Annotated[
+        bool,
+        Field(
+            description="Fold clipping into the fused optimizer's kernel; 0: multiply in place, "
+            "bit-identical to torch's `clip_grad_norm_`."
+        ),
+    ] = True
+    ring_dir: Annotated[
+        Path | None,
+        Field(description="Folder of the flight-recorder files; default: beside the store."),
+    ] = None
+    ring_steps: Annotated[
+        int,
+        Field(ge=64, le=2**26, description="Steps a flight-recorder file holds (96 bytes each)."),
+    ] = 131_072
+    ring_events: Annotated[
+        int,
+        Field(ge=64, le=2**20, description="Event slots a file holds (512 bytes each)."),
+    ] = 4096
+    drain_interval: Annotated[
+        float,
+        Field(gt=0, le=60, description="Seconds between two looks of the worker at the rings."),
+    ] = 0.25
+    heartbeat_interval: Annotated[
+        float, Field(gt=0, le=3600, description="Seconds between two heartbeats of a run.")
+    ] = 5.0
+    layer_norms_every: Annotated[
+        int | None,
+        Field(
+            ge=0,
+            description="Steps between two samples of the per-layer norms; 0: only on a spike or "
+            "a non-finite step; default: the greater of 100 and 10 x the number of tensors.",
+        ),
+    ] = None
+
+    @field_validator("metrics_port", mode="before")
+    @classmethod
+    def _port(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and value.lower() in {"off", "none", ""}):
+            return "off"
+        try:
+            port = int(value)
+        except (TypeError, ValueError):
+            port = -1
+        if isinstance(value, bool) or not 0 <= port <= 65535:
+            msg = 'must be a port from 0 to 65535 (0: any free one), or "off"'
+            raise ValueError(msg)
+        return port
+
+    @field_validator("store")
+    @classmethod
+    def _url(cls, value: str) -> str:
+        return resolve_store(value)
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Settings from the environment, with `overrides` before it.
+
+        Raises `ConfigurationError` naming the setting, its value and what would be right.
+        """
+        try:
+            return cls(**overrides)
+        except ValidationError as error:
+            raise ConfigurationError(_explain(error, overrides)) from None
+
+    def override(self, **values: Any) -> Self:
+        """These settings with some replaced; validated like all others."""
+        return type(self).load(**{**self.model_dump(), **values}) if values else self
+
+
+def _explain(error: ValidationError, given: dict[str, Any]) -> str:
+    lines = []
+    for problem in error.errors():
+        name = str(problem["loc"][0]) if problem["loc"] else "settings"
+        where = name if name in given else f"GRADWATCH_{name.upper()}"
+        message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "extra_forbidden":
+            message = f"no such setting; there are {', '.join(Settings.model_fields)}"
+        shown = "" if name == "store" else f" = {problem['input']!r}"
+        lines.append(f"{where}{shown}: {message}")
+    return "; ".join(lines)
+
+
+def resolve_store(url: str) -> str:
+    """The URL with a relative SQLite path made absolute, so that a later `chdir` changes nothing.
+
+    A plain path (`runs/gradwatch.db`) is taken as an SQLite file.
+    """
+    if "://" not in url and not url.startswith("sqlite:"):
+        url = f"sqlite:///{url}"
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        msg = (
+            f"store {redact(url)!r} is not a database URL; "
+            "right would be sqlite:///gradwatch.db or postgresql+psycopg://user@host/name"
+        )
+        raise ConfigurationError(msg) from None
+    if parsed.get_backend_name() not in {"sqlite", "postgresql"}:
+        msg = (
+            f"store {redact(url)!r}: a store is SQLite or PostgreSQL, "
+            "as in sqlite:///gradwatch.db or postgresql+psycopg://user@host/name"
+        )
+        raise ConfigurationError(msg)
+    if parsed.get_backend_name() == "sqlite":
+        if not parsed.database or parsed.database == ":memory:":
+            msg = f"store {url!r}: an SQLite store is a file, as in sqlite:///gradwatch.db"
+            raise ConfigurationError(msg)
+        path = Path(parsed.database).expanduser().absolute()
+        parsed = parsed.set(database=os.path.normpath(path))
+    return parsed.render_as_string(hide_password=False)
+
+
+def sqlite_path(url: str) -> Path | None:
+    """The database file of an SQLite URL; None for another database."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() != "sqlite" or not parsed.database:
+        return None
+    return Path(parsed.database)
+
+
+def redact(url: str) -> str:
+    """The URL without its secrets, wherever they stand: fit for a log, an error or a page."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        scheme, separator, rest = url.partition("://")
+        return f"{scheme}{separator}***" if separator and rest else url
+    hidden = {
+        name: "***" for name in parsed.query if any(word in name.lower() for word in _SECRET_WORDS)
+    }
+    return parsed.update_query_dict(hidden).render_as_string(hide_password=True)

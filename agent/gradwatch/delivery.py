@@ -1,0 +1,175 @@
+"""Rings → sinks: read what is new, hand it over, try again later where a sink fails.
+
+Each sink has a cursor of its own, so a store that is down holds up nothing but itself.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from gradwatch.events import decode
+from gradwatch.records import Batch, Event, LayerNorms
+from gradwatch.sinks import CursorMovedError, SinkError
+from gradwatch.troubles import logger
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gradwatch.channel import Channel, Outlet
+    from gradwatch.clock import Clock
+    from gradwatch.troubles import Troubles
+
+__all__ = ["Delivery"]
+
+_BATCH_STEPS = 20_000
+_RETRY_SECONDS = 5.0  # the longest pause between two tries of a sink that failed
+
+
+class Delivery:
+    """Serves channels, one at a time, on the worker's thread."""
+
+    def __init__(self, clock: Clock, troubles: Troubles) -> None:
+        self.heartbeat = 60.0  # seconds between two signs of life of a run that records nothing
+        self.retry = 1.0  # seconds until the first retry; doubles with every failure
+        self._clock = clock
+        self._troubles = troubles
+
+    def serve(self, channel: Channel) -> None:
+        """Deliver all that is new in this channel's ring, and end it if that was asked for."""
+        urgent, channel.urgent = channel.urgent, False
+        store, metrics = channel.store, channel.metrics
+        store_is_due = urgent or self._clock.monotonic() >= store.retry_at
+        if store_is_due:
+            self._try(channel, store, self._open)
+        # After the store, which settles the run's name; but not only if it could.
+        self._try(channel, metrics, self._open)
+        self._try(channel, metrics, self._feed)
+        if store_is_due:
+            self._try(channel, store, self._feed)
+        if channel.closing:
+            self._finish(channel)
+
+    def failed(self, channel: Channel, error: Exception) -> None:
+        """A bug: say so, and do not let a run that ends wait for ever."""
+        self._troubles.report("worker", f"the worker failed ({type(error).__name__}: {error})")
+        if channel.closing:
+            channel.closed.set()
+
+    def _try(
+        self, channel: Channel, outlet: Outlet, act: Callable[[Channel, Outlet], None]
+    ) -> None:
+        fault = f"{outlet.name} {id(outlet.sink)}"
+        try:
+            act(channel, outlet)
+        except SinkError as error:
+            outlet.failures += 1
+            pause = min(_RETRY_SECONDS, self.retry * 2.0**outlet.failures)
+            outlet.retry_at = self._clock.monotonic() + pause
+            where = channel.ring.path or "memory"
+            self._troubles.report(fault, f"{error}; records are kept in {where}")
+        else:
+            if outlet.failures and outlet.run is not None:
+                outlet.failures, outlet.retry_at = 0, 0.0
+                self._troubles.clear(fault, f"the {outlet.name} takes records again")
+
+    def _open(self, channel: Channel, outlet: Outlet) -> None:
+        if outlet.run is None:
+            outlet.run = outlet.sink.open(channel.run)
+            if outlet is channel.store:
+                channel.run = outlet.run
+
+    def _feed(self, channel: Channel, outlet: Outlet) -> None:
+        if outlet.run is None:
+            return
+        is_store = outlet is channel.store
+        while not outlet.reached(channel.ring.heads) or (is_store and channel.findings):
+            batch = self._batch(channel, outlet)
+            try:
+                outlet.sink.write(outlet.run, batch)
+            except CursorMovedError as moved:
+                outlet.steps, outlet.events = moved.steps, moved.events
+                continue
+            outlet.steps, outlet.events = batch.last
+            outlet.beat_at = self._clock.monotonic() + self.heartbeat
+            if is_store:
+                del channel.findings[: len(batch.findings)]
+                for reason, count in batch.dropped.items():
+                    channel.lose(reason, count)
+            else:
+                self._inspect(channel, batch)
+        if self._clock.monotonic() >= outlet.beat_at:
+            outlet.sink.heartbeat(outlet.run)
+            outlet.beat_at = self._clock.monotonic() + self.heartbeat
+
+    def _batch(self, channel: Channel, outlet: Outlet) -> Batch:
+        steps = channel.ring.read_steps(outlet.steps, _BATCH_STEPS)
+        messages = channel.ring.read_events(outlet.events)
+        events: list[Event] = []
+        layers: list[LayerNorms] = []
+        unreadable = 0
+        for payload in messages.payloads:
+            item = decode(payload)
+            if isinstance(item, LayerNorms):
+                layers.append(item)
+            elif item is not None:
+                events.append(item)
+            else:
+                unreadable += 1
+        lost = {
+            "ring_full": steps.overwritten + messages.overwritten,
+            "torn": steps.torn + messages.torn + unreadable,
+        }
+        dropped = {reason: count for reason, count in lost.items() if count}
+        if dropped:
+            events.append(self._records_dropped(channel, steps.records, dropped))
+        return Batch(
+            steps.records,
+            events,
+            layers,
+            tuple(channel.findings) if outlet is channel.store else (),
+            (outlet.steps, outlet.events),
+            (steps.cursor, messages.cursor),
+            dropped,
+        )
+
+    def _records_dropped(self, channel: Channel, records: Any, dropped: dict[str, int]) -> Event:
+        step = int(records["step"][0]) if len(records) else channel.run.start_step
+        shown = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
+        return Event(
+            "records_dropped",
+            step,
+            self._clock.time(),
+            "warning",
+            f"records before step {step} were lost to the store: {shown}",
+            dropped,
+            channel.run.rank,
+        )
+
+    def _inspect(self, channel: Channel, batch: Batch) -> None:
+        finding = channel.habits.observe(batch.steps)
+        if finding is not None:
+            channel.findings.append(finding)
+            logger.warning("gradwatch: %s %s", finding.message, finding.advice)
+
+    def _finish(self, channel: Channel) -> None:
+        store = channel.store
+        stored = store.run is not None and store.reached(channel.ring.heads)
+        if not stored and self._clock.monotonic() < channel.deadline:
+            channel.urgent = True  # tried again at the next look, until the deadline
+            return
+        for outlet in (channel.metrics, store):
+            if outlet.run is not None:
+                try:
+                    outlet.sink.close(outlet.run, channel.status)
+                except SinkError as error:
+                    self._troubles.report(f"close {outlet.name}", str(error))
+        channel.complete = stored
+        channel.ring.close(remove=stored)
+        if not stored:
+            rest = (
+                f"the rest is in {channel.ring.path}" if channel.ring.path else "the rest is lost"
+            )
+            logger.warning(
+                "gradwatch: run %s ended before all of it was stored; %s", channel.run.name, rest
+            )
+        channel.closed.set()

@@ -1,0 +1,224 @@
+"""What happens at a step, as events: non-finite values, spikes, dead gradients, overflows."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import math
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from gradwatch.records import Event, LayerNorms
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "LossSpikes",
+    "NormSpikes",
+    "amp_overflow",
+    "dead_gradient",
+    "decode",
+    "encode_event",
+    "encode_layers",
+    "grad_norm_spike",
+    "loss_spike",
+    "nonfinite_gradient",
+    "nonfinite_loss",
+]
+
+_NAMED = 3  # parameters spelled out in a message; all of them are in the data
+
+
+class NormSpikes:
+    """Finds norms above 5 times the median of the 50 finite norms before them.
+
+    From 20 norms on. A spike does not enter the window twice over: it counts as one norm, which
+    a median of 50 does not notice. Never reset.
+    """
+
+    FACTOR = 5.0
+    WINDOW = 50
+    FROM = 20
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque()
+        self._sorted: list[float] = []
+
+    def observe(self, norm: float) -> float | None:
+        """The median before this finite norm, where the norm is a spike over it; else None."""
+        ordered = self._sorted
+        median = ordered[len(ordered) // 2] if len(ordered) >= self.FROM else math.inf
+        if len(ordered) == self.WINDOW:
+            del ordered[bisect.bisect_left(ordered, self._recent.popleft())]
+        bisect.insort(ordered, norm)
+        self._recent.append(norm)
+        return median if norm > self.FACTOR * median and median > 0.0 else None
+
+
+class LossSpikes:
+    """Finds losses above mean + 6 standard deviations of the 128 finite losses before them.
+
+    From 64 losses on (the rule of OLMo-core's SkipStepOptimizer). Sums are taken relative to the
+    first loss of the window and made anew every 128 losses, so rounding does not pile up.
+    """
+
+    SIGMAS = 6.0
+    WINDOW = 128
+    FROM = 64
+
+    def __init__(self) -> None:
+        self._recent: deque[float] = deque()
+        self._origin = self._sum = self._squares = 0.0
+        self._until_renewal = self.WINDOW
+
+    def observe(self, loss: float) -> tuple[float, float] | None:
+        """Mean and standard deviation before this finite loss, where it spikes; else None."""
+        count = len(self._recent)
+        found = None
+        if count >= self.FROM:
+            mean = self._sum / count
+            deviation = math.sqrt(max(0.0, self._squares / count - mean * mean))
+            if deviation > 0.0 and loss - self._origin > mean + self.SIGMAS * deviation:
+                found = (mean + self._origin, deviation)
+        self._add(loss)
+        return found
+
+    def _add(self, loss: float) -> None:
+        recent = self._recent
+        recent.append(loss)
+        if len(recent) > self.WINDOW:
+            self._shift(recent.popleft(), -1)
+        self._until_renewal -= 1
+        if self._until_renewal <= 0 or len(recent) == 1:
+            self._until_renewal = self.WINDOW
+            self._origin = recent[0]
+            self._sum = self._squares = 0.0
+            for value in recent:
+                self._shift(value, 1)
+        else:
+            self._shift(loss, 1)
+
+    def _shift(self, value: float, sign: int) -> None:
+        offset = value - self._origin
+        self._sum += sign * offset
+        self._squares += sign * offset * offset
+
+
+def nonfinite_gradient(
+    step: int, time: float, rank: int, faults: Mapping[str, str], tensors: int, *, skipped: bool
+) -> Event:
+    """The gradient held NaN or inf. `faults`: parameter → nan | inf | nan+inf, in model order.
+
+    Gradients flow backwards: what is non-finite at one layer makes the layers before it
+    non-finite and leaves those after it finite. So it entered at the last non-finite parameter;
+    where all are non-finite, it came from the forward pass or the loss.
+    """
+    names = list(faults)
+    kinds = {kind for fault in faults.values() for kind in fault.split("+")}
+    what = " and ".join(k for k in ("NaN", "inf") if k.lower() in kinds)
+    every = len(names) == tensors
+    origin = None if every else names[-1]
+    if every:
+        where = f"all {tensors} parameters ({names[0]} … {names[-1]}); it came from the forward pass or the loss"
+    else:
+        listed = ", ".join(names[:_NAMED]) + (
+            f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        )
+        where = f"{len(names)} of {tensors} parameters ({listed}); it entered at {origin}"
+    outcome = "the step was skipped" if skipped else "the step was not skipped"
+    return Event(
+        "nonfinite_gradient",
+        step,
+        time,
+        "critical",
+        f"{what} in the gradient of {where}; {outcome}",
+        {
+            "parameters": dict(faults),
+            "origin": origin,
+            "entered": "forward" if every else "backward",
+            "tensors": tensors,
+            "skipped": skipped,
+        },
+        rank,
+    )
+
+
+def nonfinite_loss(step: int, time: float, rank: int, loss: float) -> Event:
+    """The loss handed to `agent.log` (or returned by the closure) was NaN or inf."""
+    kind = "nan" if math.isnan(loss) else "inf"
+    shown = "NaN" if math.isnan(loss) else "-inf" if loss < 0 else "inf"
+    return Event(
+        "nonfinite_loss", step, time, "critical", f"the loss is {shown}", {"value": kind}, rank
+    )
+
+
+def grad_norm_spike(step: int, time: float, rank: int, norm: float, median: float) -> Event:
+    """The pre-clip norm stood out from those before it (see `NormSpikes`)."""
+    message = (
+        f"gradient norm {norm:.4g} is {norm / median:.3g} times the median {median:.4g} "
+        f"of the last {NormSpikes.WINDOW} steps"
+    )
+    data = {"norm": norm, "median": median}
+    return Event("grad_norm_spike", step, time, "warning", message, data, rank)
+
+
+def loss_spike(
+    step: int, time: float, rank: int, loss: float, mean: float, deviation: float
+) -> Event:
+    """The loss stood out from those before it (see `LossSpikes`)."""
+    message = (
+        f"loss {loss:.4g} is {(loss - mean) / deviation:.3g} standard deviations above the mean "
+        f"{mean:.4g} of the last {LossSpikes.WINDOW} steps"
+    )
+    data = {"loss": loss, "mean": mean, "standard_deviation": deviation}
+    return Event("loss_spike", step, time, "warning", message, data, rank)
+
+
+def amp_overflow(step: int, time: float, rank: int, loss_scale: float) -> Event:
+    """The gradient overflowed under a GradScaler: routine, the scaler skips and backs off."""
+    known = math.isfinite(loss_scale)
+    shown = f" at loss scale {loss_scale:g}" if known else ""
+    return Event(
+        "amp_overflow",
+        step,
+        time,
+        "info",
+        f"the gradient overflowed{shown}; the loss scaler skipped the step",
+        {"loss_scale": loss_scale if known else None},
+        rank,
+    )
+
+
+def dead_gradient(step: int, time: float, rank: int, tensors: int) -> Event:
+    """The gradient was exactly 0 or absent; one event where a streak of such steps begins."""
+    why = "no parameter has a gradient" if tensors == 0 else "every gradient is exactly 0"
+    return Event("dead_gradient", step, time, "warning", why, {"tensors": tensors}, rank)
+
+
+# -- as bytes in the flight recorder -------------------------------------------------------------
+
+
+def encode_event(event: Event) -> bytes:
+    """An event as the flight recorder keeps it."""
+    fields = {name: getattr(event, name) for name in Event.__slots__}
+    return json.dumps(fields, separators=(",", ":"), default=str).encode()
+
+
+def encode_layers(
+    step: int, names: Sequence[str], grads: Sequence[float], weights: Sequence[float]
+) -> bytes:
+    """One sample of the per-layer norms as the flight recorder keeps it."""
+    body = {"layers": step, "names": list(names), "grad": list(grads), "weight": list(weights)}
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+def decode(payload: bytes) -> Event | LayerNorms | None:
+    """What `encode_event` or `encode_layers` wrote; None for anything else."""
+    try:
+        body: dict[str, Any] = json.loads(payload)
+        if "layers" in body:
+            return LayerNorms(int(body["layers"]), body["names"], body["grad"], body["weight"])
+        return Event(**body)
+    except (ValueError, TypeError, KeyError):
+        return None

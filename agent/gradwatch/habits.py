@@ -1,0 +1,83 @@
+"""Habits of a training loop that hide the truth from the hook, seen in the records alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from gradwatch.recorder import FLAGS
+from gradwatch.records import Finding
+
+__all__ = ["ClippedTwice"]
+
+
+class ClippedTwice:
+    """Recognises a loop that clips before `step()`: the norms the hook sees end at a wall.
+
+    `clip_grad_norm_(c)` leaves every norm above c at c·n/(n + 1e-6): within 1e-4 of one greatest
+    value, which natural norms do not share. Said when, of the last 50 finite norms (10 at least),
+
+    - at least 3 lie within 1e-4 of the greatest, and more of them than in the nineteen times
+      wider strip below it (natural norms thin out gradually),
+    - each of these gradients was changed in place after the backward pass, and
+    - they are not all the same number (that is a gradient that does not change).
+
+    Says so once a run. Looks at every record, and forgets all but the last 50.
+    """
+
+    WINDOW = 50
+    FROM = 10
+    AT_LEAST = 3
+    WALL = 1e-4
+    STRIP = 2e-3
+
+    def __init__(self) -> None:
+        self._recent = np.empty(0, dtype=[("step", "i8"), ("norm", "f8"), ("modified", "?")])
+        self._said = False
+
+    def observe(self, steps: np.ndarray[Any, np.dtype[np.void]]) -> Finding | None:
+        """Take in new records; the finding, the first time there is one."""
+        if self._said or not len(steps):
+            return None
+        new = np.empty(len(steps), dtype=self._recent.dtype)
+        new["step"], new["norm"] = steps["step"], steps["pre_norm"]
+        new["modified"] = (steps["flags"] & FLAGS.MODIFIED) != 0
+        seen = np.concatenate([self._recent, new[np.isfinite(new["norm"])]])
+        # A batch may be longer than the window: look at each window's worth in turn.
+        for end in range(min(len(seen), self.WINDOW), len(seen) + self.WINDOW, self.WINDOW):
+            finding = self._look(seen[max(0, min(end, len(seen)) - self.WINDOW) : end])
+            if finding is not None:
+                self._said = True
+                return finding
+        self._recent = seen[-self.WINDOW :]
+        return None
+
+    def _look(self, window: np.ndarray[Any, Any]) -> Finding | None:
+        norms = window["norm"]
+        top = norms.max(initial=0.0)
+        wall = window[norms >= top * (1 - self.WALL)]
+        strip = np.count_nonzero(norms >= top * (1 - self.STRIP)) - len(wall)
+        if (
+            len(window) < self.FROM
+            or top <= 0.0
+            or len(wall) < self.AT_LEAST
+            or len(wall) <= strip
+            or not wall["modified"].all()
+            or len(np.unique(wall["norm"])) == 1
+        ):
+            return None
+        limit = float(f"{top:.3g}")
+        return Finding(
+            "clipped_twice",
+            "warning",
+            int(wall["step"][0]),
+            int(wall["step"][-1]),
+            f"the loop clips by itself before step(): {len(wall)} of the last {len(window)} "
+            f"gradient norms are exactly {limit:g} and none is greater, so the true norms are "
+            "not seen.",
+            f"Take the loop's own clip_grad_norm_(…, {limit:g}) out and let gradwatch clip: "
+            f"gradwatch.wrap(optimizer, clip=gradwatch.ClipNorm({limit:g})). Where the loop uses "
+            "the norm, agent.clip() returns it.",
+            {"limit": float(top), "clipped": len(wall), "window": len(window)},
+        )

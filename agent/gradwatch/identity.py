@@ -1,0 +1,78 @@
+"""Who this run is: uid, name and job, from the user, the launcher, or made up."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import uuid
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Launcher", "UidSource", "default_name", "host", "launcher", "rank_and_world", "run_uid"]
+
+UidSource = Literal["state", "setting", "launcher", "fresh"]
+
+
+class Launcher(NamedTuple):
+    """The job this process belongs to, and whether that id survives a restart of the job."""
+
+    id: str
+    survives_restart: bool
+
+
+def launcher(environ: Mapping[str, str]) -> Launcher:
+    """The job id of torchelastic or Slurm, else one for this process."""
+    elastic = environ.get("TORCHELASTIC_RUN_ID", "")
+    if elastic and elastic != "none":  # "none" is what torchrun says where nobody named the job
+        return Launcher(f"torchelastic-{elastic}", survives_restart=True)
+    slurm = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
+    if slurm:
+        task = environ.get("SLURM_ARRAY_TASK_ID")
+        return Launcher(f"slurm-{slurm}_{task}" if task else f"slurm-{slurm}", True)
+    return Launcher(f"{host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}", survives_restart=False)
+
+
+def run_uid(job: Launcher, *, setting: str | None, ordinal: int) -> tuple[str, UidSource]:
+    """The run's uid and where it is from: the setting, the launcher, or fresh.
+
+    `ordinal` counts the runs of this process from 1: later ones add it, so that the second
+    optimizer of a job is told from its first in every start of the job.
+    """
+    suffix = "" if ordinal == 1 else f"-{ordinal}"
+    if setting:
+        return setting + suffix, "setting"
+    if job.survives_restart:
+        return job.id + suffix, "launcher"
+    return uuid.uuid4().hex, "fresh"
+
+
+def default_name(argv: list[str] | None = None) -> str:
+    """The script's name without its ending; "notebook" or "python" where there is no script."""
+    script = (sys.argv if argv is None else argv)[:1]
+    stem = Path(script[0]).stem if script and script[0] not in {"", "-", "-c", "-m"} else ""
+    if stem in {"ipykernel_launcher", "colab_kernel_launcher"}:
+        return "notebook"
+    if stem == "__main__":
+        return Path(script[0]).parent.name or "python"
+    return stem or "python"
+
+
+def host() -> str:
+    """This machine's name."""
+    return socket.gethostname() or "localhost"
+
+
+def rank_and_world(environ: Mapping[str, str]) -> tuple[int, int]:
+    """This process's rank and the world's size: torch.distributed's, else the launcher's."""
+    from torch import distributed  # noqa: PLC0415 - torch is there by now; this module is not
+
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    try:
+        return int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        return 0, 1

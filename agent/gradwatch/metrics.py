@@ -1,0 +1,89 @@
+"""Every Prometheus metric: name, type, unit, meaning. Exporter, dashboards and docs read this."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+__all__ = ["AGENT", "BY_NAME", "DROP_REASONS", "LABELS", "MONITOR", "NORM_BUCKETS", "Metric"]
+
+LABELS = ("run", "rank")
+
+# Why a record did not reach the store: the ring was full and it was overwritten; it was found
+# torn; or gradwatch itself failed on that step.
+DROP_REASONS = ("ring_full", "torn", "error")
+
+# Upper bounds of the norm histograms: four a decade from 1e-4 to 1e4.
+NORM_BUCKETS = tuple(float(f"{10 ** (k / 4):.6g}") for k in range(-16, 17))
+
+
+class Metric(NamedTuple):
+    """One metric family. `labels` come after `LABELS`."""
+
+    name: str
+    type: Literal["counter", "gauge", "histogram", "info"]
+    meaning: str
+    labels: tuple[str, ...] = ()
+
+
+AGENT = (
+    Metric("gradwatch_steps_total", "counter", "Optimizer steps seen."),
+    Metric("gradwatch_clipped_steps_total", "counter", "Of these, clipped."),
+    Metric(
+        "gradwatch_nonfinite_steps_total", "counter", "Of these, with a NaN or inf in a gradient."
+    ),
+    Metric("gradwatch_skipped_steps_total", "counter", "Of these, not applied."),
+    Metric(
+        "gradwatch_amp_overflow_steps_total",
+        "counter",
+        "Of these, suppressed by the loss scaler after an overflow.",
+    ),
+    Metric(
+        "gradwatch_grad_norm_pre_clip", "histogram", "Gradient norm before clipping, finite ones."
+    ),
+    Metric(
+        "gradwatch_grad_norm_post_clip",
+        "histogram",
+        "Gradient norm the optimizer used, finite ones.",
+    ),
+    Metric(
+        "gradwatch_last_grad_norm_pre_clip", "gauge", "Last finite gradient norm before clipping."
+    ),
+    Metric(
+        "gradwatch_last_grad_norm_post_clip", "gauge", "Last finite gradient norm after clipping."
+    ),
+    Metric("gradwatch_clip_threshold", "gauge", "Threshold of the gradient norm in force."),
+    Metric("gradwatch_learning_rate", "gauge", "Learning rate of the first parameter group."),
+    Metric("gradwatch_loss", "gauge", "Last finite loss."),
+    Metric("gradwatch_loss_scale", "gauge", "Loss scale of mixed-precision training."),
+    Metric(
+        "gradwatch_last_step_timestamp_seconds", "gauge", "Unix time of the last optimizer step."
+    ),
+    Metric(
+        "gradwatch_recorder_backlog_records", "gauge", "Records in the ring, not in the store yet."
+    ),
+    Metric(
+        "gradwatch_dropped_records_total",
+        "counter",
+        f"Records lost to the store, by reason ({', '.join(DROP_REASONS)}).",
+        ("reason",),
+    ),
+    Metric(
+        "gradwatch_overhead_seconds_total",
+        "counter",
+        "Time the training thread spent measuring, clipping and recording.",
+    ),
+    Metric(
+        "gradwatch_run_info",
+        "info",
+        "Who the run is.",
+        ("uid", "host", "optimizer", "policy", "gradwatch", "torch"),
+    ),
+)
+
+MONITOR = (
+    Metric("gradwatch_recommended_threshold", "gauge", "Threshold that should clip the target."),
+    Metric("gradwatch_predicted_clip_ratio", "gauge", "Clip ratio predicted at that threshold."),
+    Metric("gradwatch_finding_active", "gauge", "1 while a finding holds.", ("finding",)),
+)
+
+BY_NAME = {metric.name: metric for metric in (*AGENT, *MONITOR)}

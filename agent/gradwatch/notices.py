@@ -1,0 +1,96 @@
+"""What is worth noting about a step: the events and layer samples it writes beside its record."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from gradwatch import events
+from gradwatch.norms import fault, tensor_norms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.optim import Optimizer
+
+    from gradwatch.names import ParameterNames
+    from gradwatch.records import Event, Measurement
+
+__all__ = ["Notices"]
+
+_SAMPLE_AT_LEAST = 100  # steps between two samples of the layer norms,
+_SAMPLE_PER_TENSOR = 10  # or this many a tensor, so that a sample stays cheap to store
+
+
+class Notices:
+    """Turns what one step showed into events and layer samples. One a run, on its rank."""
+
+    def __init__(self, names: ParameterNames, layer_norms_every: int | None) -> None:
+        self.rank = 0
+        self._names = names
+        self._every = layer_norms_every
+        self._norm_spikes = events.NormSpikes()
+        self._loss_spikes = events.LossSpikes()
+        self._dead = False  # within a streak of steps whose gradient was 0
+
+    def faults(self, measured: Sequence[Measurement], optimizer: Optimizer) -> dict[str, str]:
+        """The non-finite gradients in model order: parameter → nan, inf or nan+inf."""
+        params = [p for m in measured for p in m.params]
+        grads = [g for m in measured for g in m.grads]
+        norms = [n for m in measured for n in m.tensor_norms]
+        names = self._names.of(params, optimizer)
+        found: dict[str, str] = {}
+        for i in self._names.in_model_order(params, optimizer):
+            if not math.isfinite(norms[i]) and (kind := fault(grads[i])) is not None:
+                found[names[i]] = kind
+        return found
+
+    def gradient(
+        self, step: int, time: float, norm: float, measured: Sequence[Measurement]
+    ) -> Event | None:
+        """What a finite gradient norm shows: a spike, or the first of a streak of zeros."""
+        if norm == 0.0:
+            if self._dead:
+                return None
+            self._dead = True
+            tensors = sum(len(m.grads) for m in measured)
+            return events.dead_gradient(step, time, self.rank, tensors)
+        self._dead = False
+        median = self._norm_spikes.observe(norm)
+        if median is None:
+            return None
+        return events.grad_norm_spike(step, time, self.rank, norm, median)
+
+    def loss(self, step: int, time: float, loss: float) -> Event | None:
+        """What a loss shows: NaN or inf, or a spike."""
+        if not math.isfinite(loss):
+            return events.nonfinite_loss(step, time, self.rank, loss)
+        spike = self._loss_spikes.observe(loss)
+        if spike is None:
+            return None
+        return events.loss_spike(step, time, self.rank, loss, *spike)
+
+    def nonfinite(
+        self, step: int, time: float, faults: dict[str, str], tensors: int, *, skipped: bool
+    ) -> Event:
+        """A gradient with NaN or inf."""
+        return events.nonfinite_gradient(step, time, self.rank, faults, tensors, skipped=skipped)
+
+    def overflow(self, step: int, time: float, loss_scale: float) -> Event:
+        """A step that the loss scaler suppressed."""
+        return events.amp_overflow(step, time, self.rank, loss_scale)
+
+    def samples(self, step: int, measured: Sequence[Measurement]) -> bool:
+        """Whether this step's layer norms are sampled."""
+        every = self._every
+        if every is None:
+            tensors = len(measured[0].grads) if len(measured) == 1 else 0
+            every = max(_SAMPLE_AT_LEAST, _SAMPLE_PER_TENSOR * tensors)
+        return every > 0 and step % every == 0
+
+    def layers(self, step: int, measured: Sequence[Measurement], optimizer: Optimizer) -> bytes:
+        """A sample of every parameter's gradient and weight norm, as the recorder keeps it."""
+        params = [p for m in measured for p in m.params]
+        norms = [n for m in measured for n in m.tensor_norms]
+        names = self._names.of(params, optimizer)
+        return events.encode_layers(step, names, norms, tensor_norms([p.detach() for p in params]))

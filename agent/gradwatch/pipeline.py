@@ -1,0 +1,195 @@
+"""The process's one worker: it looks at every ring a few times a second and delivers.
+
+The training thread writes rings and never waits for anything here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+import weakref
+from typing import TYPE_CHECKING
+
+from gradwatch import identity
+from gradwatch.clock import Clock, SystemClock
+from gradwatch.delivery import Delivery
+from gradwatch.sinks.database import DatabaseSink
+from gradwatch.sinks.prometheus import Exporter, PrometheusSink
+from gradwatch.troubles import Troubles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gradwatch.channel import Channel
+    from gradwatch.config import Settings
+    from gradwatch.records import RunStatus
+
+__all__ = ["Pipeline"]
+
+EXIT_SECONDS = 2.0  # how long the interpreter's exit waits for the worker at most
+
+
+class Pipeline:
+    """The worker thread with its channels, sinks and exporter. Started by the first channel."""
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self.clock: Clock = clock or SystemClock()
+        self.troubles = Troubles()
+        self.metrics = PrometheusSink(self.clock.time)
+        self.job = identity.launcher(os.environ)
+        self._delivery = Delivery(self.clock, self.troubles)
+        self._exporter: Exporter | None = None
+        self._runs = itertools.count(1)
+        self._stores: dict[str, DatabaseSink] = {}
+        self._channels: list[Channel] = []
+        self._interval = 60.0
+        self._lock = threading.Lock()
+        self._progress = threading.Condition()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._in_child: list[weakref.WeakMethod[Callable[[], None]]] = []
+
+    # -- called by agents ----------------------------------------------------------------------
+
+    def next_run(self) -> int:
+        """The number of a run that begins, counted from 1 in this process."""
+        return next(self._runs)
+
+    def export(self, settings: Settings) -> str | None:
+        """Start the process's exporter if there is none; where Prometheus finds it, or None."""
+        port = settings.metrics_port
+        if port is None or port == "off":
+            return None
+        asked_for = "metrics_port" in settings.model_fields_set
+        with self._lock:
+            if self._exporter is None:
+                self._exporter = self._start_exporter(settings, port)
+                if self._exporter is None:
+                    return None
+            if asked_for and port not in {0, self._exporter.port}:
+                self.troubles.report(
+                    f"port {port}",
+                    f"metrics are at {self._exporter.url}, not on port {port}: "
+                    + (
+                        "that port is in use"
+                        if port == self._exporter.requested
+                        else "a process has one exporter"
+                    ),
+                )
+            return self._exporter.url
+
+    def store_sink(self, url: str) -> DatabaseSink:
+        """The process's one sink for that store."""
+        with self._lock:
+            if url not in self._stores:
+                self._stores[url] = DatabaseSink(url, self.clock.time)
+            return self._stores[url]
+
+    def attach(self, channel: Channel, settings: Settings) -> None:
+        """Serve this channel from now on."""
+        with self._lock:
+            self._interval = min(self._interval, settings.drain_interval)
+            self._delivery.heartbeat = min(self._delivery.heartbeat, settings.heartbeat_interval)
+            self._delivery.retry = self._interval
+            self._channels.append(channel)
+            self.metrics.watch(channel.run.ring, channel)
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="gradwatch-worker", daemon=True
+                )
+                self._thread.start()
+        self._wake.set()
+
+    def in_child(self, method: Callable[[], None]) -> None:
+        """Call this bound method in a forked child; it is held weakly."""
+        self._in_child = [m for m in self._in_child if m() is not None]
+        self._in_child.append(weakref.WeakMethod(method))
+
+    def flush(self, channel: Channel, timeout: float) -> bool:
+        """Whether all that the ring holds now was stored within `timeout` seconds."""
+        if channel.closed.is_set():
+            return channel.complete
+        target = channel.ring.heads
+        channel.urgent = True
+        self._wake.set()
+        with self._progress:
+            return self._progress.wait_for(lambda: channel.store.reached(target), timeout)
+
+    def close(self, channel: Channel, status: RunStatus | None, timeout: float) -> None:
+        """Store what is left of this channel, end its run, and let go of its ring.
+
+        Waits `timeout` seconds at most; 0 leaves it to the worker.
+        """
+        channel.end(status, self.clock.monotonic() + (timeout or EXIT_SECONDS))
+        self._wake.set()
+        # The worker gives up at the deadline; the rest is for a store call that hangs.
+        if timeout:
+            channel.closed.wait(timeout + EXIT_SECONDS)
+
+    # -- the worker ----------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            self._wake.wait(self._interval)
+            self._wake.clear()
+            with self._lock:
+                channels = list(self._channels)
+            for channel in channels:
+                try:
+                    self._delivery.serve(channel)
+                except Exception as error:  # noqa: BLE001 - a bug here must not end the worker
+                    self._delivery.failed(channel, error)
+                if channel.closed.is_set():
+                    with self._lock:
+                        self._channels.remove(channel)
+            with self._progress:
+                self._progress.notify_all()
+            if self._stopping and not self._channels:
+                return
+
+    # -- the end of the process, and a forked child --------------------------------------------
+
+    def shutdown(self, status: RunStatus, timeout: float = EXIT_SECONDS) -> None:
+        """End every run that is left, within `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            channels = list(self._channels)
+        for channel in channels:
+            if not channel.closing:
+                channel.end(status, self.clock.monotonic() + timeout * 0.8)
+        self._stopping = True
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+        if self._exporter is not None:
+            self._exporter.close()
+
+    def forked(self) -> None:
+        """In the child: let go of what belongs to the parent, without touching it."""
+        for method in self._in_child:
+            if (call := method()) is not None:
+                call()
+        for sink in self._stores.values():
+            sink.dispose(forked=True)
+        if self._exporter is not None:
+            self._exporter.forked()
+
+    def _start_exporter(self, settings: Settings, port: int) -> Exporter | None:
+        try:
+            return Exporter(
+                self.metrics,
+                addr=settings.metrics_addr,
+                port=port,
+                advertised=settings.advertised_addr,
+            )
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or error
+            self.troubles.report(
+                "exporter",
+                f"no metrics are exported: cannot bind {settings.metrics_addr}:{port} ({why}); "
+                "set GRADWATCH_METRICS_ADDR or GRADWATCH_METRICS_PORT",
+            )
+            return None

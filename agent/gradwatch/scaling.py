@@ -1,0 +1,218 @@
+"""Carrying a Decision out: in the fused optimizer's kernel, in place, or by skipping the step.
+
+Fused Adam, AdamW, SGD and Adagrad divide gradients by `optimizer.grad_scale` inside their kernel
+(it is there for `GradScaler`). Folding the clip into that number saves a pass over all gradients;
+a step that needs no clipping sets nothing and is bit-identical to an unclipped one.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from gradwatch.norms import Meter, max_abs
+from gradwatch.records import Applied, Clamp, Decision, Keep, Measurement, Scale, ScaleEach
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+__all__ = ["CLIP_EPSILON", "Carrier", "LossScale", "reads_grad_scale"]
+
+CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
+_DIVISOR_LIMIT = 1e37  # a greater divisor does not fit the kernel's float32
+_FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
+_ABSENT: Any = object()
+_NOT_SET: Any = object()
+
+
+class LossScale(NamedTuple):
+    """What a GradScaler left on the optimizer for this step.
+
+    `in_memory` is the factor the gradients in memory still carry (1.0 where there is no scaler,
+    and once unscaled); `suppressed`: it found an inf, and the kernel will apply nothing.
+    """
+
+    in_memory: float
+    suppressed: bool
+
+
+_NO_SCALER = LossScale(1.0, suppressed=False)
+
+
+def reads_grad_scale(optimizer: Optimizer) -> bool:
+    """Whether this optimizer's kernel divides by `grad_scale`: torch's own fused ones do."""
+    if not all(group.get("fused") for group in optimizer.param_groups):
+        return False
+    step = inspect.unwrap(type(optimizer).step)
+    return any(step is inspect.unwrap(kind.step) for kind in _FUSED)
+
+
+class Carrier:
+    """Carries decisions out on one optimizer, and puts back what it set for the step."""
+
+    def __init__(self, optimizer: Optimizer, *, fold: bool) -> None:
+        self.folds = fold and reads_grad_scale(optimizer)
+        self._exact = not fold
+        self._divisor: Tensor | None = None
+        self._before: Any = _NOT_SET  # grad_scale as it was, while ours stands in its place
+        self._in_force: Tensor | None = None  # the grad_scale of the step under way
+        self._hidden: list[tuple[Tensor, Tensor]] = []
+
+    def loss_scale(self, optimizer: Optimizer) -> LossScale:
+        """Read what a GradScaler set for this step."""
+        attributes = optimizer.__dict__
+        if "grad_scale" not in attributes and "found_inf" not in attributes:
+            return _NO_SCALER
+        scale = self._in_force = attributes.get("grad_scale")
+        found_inf = attributes.get("found_inf")
+        return LossScale(
+            1.0 if scale is None else float(scale),
+            suppressed=found_inf is not None and bool(found_inf),
+        )
+
+    def carry_out(
+        self, optimizer: Optimizer, decision: Decision, measured: Measurement, *, fold: bool
+    ) -> Applied:
+        """Do what was decided. `fold`: a `Scale` may be left to the optimizer's kernel."""
+        if isinstance(decision, Scale):
+            return self._scale(optimizer, decision.max_norm, measured, fold=fold)
+        if isinstance(decision, Keep):
+            return Applied(False, measured.norm)
+        if isinstance(decision, Clamp):
+            return _clamp(decision.limit, measured)
+        if isinstance(decision, ScaleEach):
+            return _scale_each(decision.factors, measured)
+        self.skip(measured.params, measured.grads)
+        return Applied(False, math.nan)
+
+    def skip(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Hide the gradients, so that this step touches neither parameters nor state.
+
+        Works for torch's optimizers, fused or not, on the very first step too (a kernel told to
+        skip through `found_inf` leaves fused SGD's first momentum buffer uninitialised).
+        """
+        self._hidden.extend(zip(params, grads, strict=True))
+        for param in params:
+            param.grad = None
+
+    def restore(self, optimizer: Optimizer) -> None:
+        """After the step: gradients and `grad_scale` as they were before it."""
+        for param, grad in self._hidden:
+            param.grad = grad
+        self._hidden.clear()
+        if self._before is not _NOT_SET:
+            # Under GradScaler the attribute must be there: it deletes it itself.
+            if self._before is _ABSENT:
+                del optimizer.grad_scale  # type: ignore[attr-defined]
+            else:
+                optimizer.grad_scale = self._before  # type: ignore[attr-defined]
+            self._before = _NOT_SET
+        self._in_force = None
+
+    def abandon(self, optimizer: Optimizer) -> None:
+        """An exception ended the last step before `restore`: clear what it left behind.
+
+        A `grad_scale` that was left standing is one GradScaler multiplies into its next; its
+        part is divided out again. Gradients hidden at the time are gone.
+        """
+        left = self._in_force
+        self._hidden.clear()
+        self._before = _NOT_SET
+        self._in_force = None
+        now = optimizer.__dict__.get("grad_scale")
+        if left is None or now is None:
+            return
+        if now is not left:
+            optimizer.grad_scale = now / left  # type: ignore[attr-defined]
+        elif "found_inf" in optimizer.__dict__:
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+        else:
+            del optimizer.grad_scale  # type: ignore[attr-defined]
+
+    def _scale(
+        self, optimizer: Optimizer, max_norm: float, measured: Measurement, *, fold: bool
+    ) -> Applied:
+        if self._exact:
+            return self._scale_as_torch_does(optimizer, max_norm, measured, fold=fold)
+        coefficient = max_norm / (measured.norm + CLIP_EPSILON)
+        if coefficient >= 1.0:
+            return Applied(False, measured.norm)
+        divisor = measured.scale / coefficient
+        if fold and self.folds and divisor < _DIVISOR_LIMIT:
+            self._divide_in_kernel(optimizer, divisor, measured.grads[0])
+        else:
+            _multiply(measured.grads, coefficient)
+        return Applied(True, measured.norm * coefficient)
+
+    def _divide_in_kernel(self, optimizer: Optimizer, divisor: float, like: Tensor) -> None:
+        if self._divisor is None or self._divisor.device != like.device:
+            self._divisor = torch.empty((), dtype=torch.float32, device=like.device)
+        self._replace_grad_scale(optimizer, self._divisor.fill_(divisor))
+
+    def _scale_as_torch_does(
+        self, optimizer: Optimizer, max_norm: float, measured: Measurement, *, fold: bool
+    ) -> Applied:
+        """Unscale, then `clip_grad_norm_`, bit for bit; called where it changes nothing too."""
+        grads = list(measured.grads)
+        if not grads:
+            return Applied(False, measured.norm)
+        limit = max_norm
+        if measured.scale != 1.0:
+            if fold:
+                _multiply(grads, 1.0 / measured.scale)
+                self._replace_grad_scale(optimizer, torch.ones((), device=grads[0].device))
+            else:
+                limit *= measured.scale
+        total = torch.nn.utils.get_total_norm(grads, measured.norm_type)
+        torch.nn.utils.clip_grads_with_norm_(measured.params, limit, total)
+        coefficient = min(1.0, limit / (total.item() + CLIP_EPSILON))
+        return Applied(coefficient < 1.0, measured.norm * coefficient)
+
+    def _replace_grad_scale(self, optimizer: Optimizer, value: Tensor) -> None:
+        self._before = optimizer.__dict__.get("grad_scale", _ABSENT)
+        self._in_force = value
+        optimizer.grad_scale = value  # type: ignore[attr-defined]
+
+
+def _multiply(grads: Sequence[Tensor], factor: float) -> None:
+    with torch.no_grad():
+        dense = [g for g in grads if g.layout is torch.strided]
+        if dense:
+            torch._foreach_mul_(dense, factor)
+        if len(dense) < len(grads):
+            for grad in grads:
+                if grad.layout is not torch.strided:
+                    grad.mul_(factor)
+
+
+def _clamp(limit: float, measured: Measurement) -> Applied:
+    limit *= measured.scale
+    grads = list(measured.grads)
+    if max_abs(grads) <= limit:
+        return Applied(False, measured.norm)
+    with torch.no_grad():
+        torch._foreach_clamp_min_(grads, -limit)
+        torch._foreach_clamp_max_(grads, limit)
+    return Applied(True, _norm_now(measured))
+
+
+def _scale_each(factors: Sequence[float | Tensor], measured: Measurement) -> Applied:
+    clipped = False
+    with torch.no_grad():
+        for grad, factor in zip(measured.grads, factors, strict=True):
+            if isinstance(factor, float) and factor == 1.0:
+                continue
+            clipped = clipped or bool(torch.as_tensor(factor != 1.0).any())
+            grad.mul_(factor)
+    return Applied(clipped, _norm_now(measured) if clipped else measured.norm)
+
+
+def _norm_now(measured: Measurement) -> float:
+    meter = Meter(measured.norm_type)
+    return meter.measure(measured.params, measured.grads, measured.scale).norm

@@ -1,0 +1,138 @@
+"""The database sink: a batch and the ring's cursor in one transaction, so nothing is stored twice.
+
+The cursor in the database is the truth. A batch that does not begin where it stands is refused:
+somebody else has stored from this ring.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+import time
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from gradwatch import schema
+from gradwatch.config import redact, sqlite_path
+from gradwatch.errors import StoreError
+from gradwatch.schema import rings, runs
+from gradwatch.sinks import CursorMovedError, SinkError, rows, sqlite
+from gradwatch.sinks.register import register
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gradwatch.records import Batch, RunInfo, RunStatus
+
+__all__ = ["DatabaseSink"]
+
+
+class DatabaseSink:
+    """Stores runs in the database at `url`, created there if missing."""
+
+    def __init__(self, url: str, clock: Callable[[], float] = time.time) -> None:
+        self.url = url
+        self._clock = clock
+        self._path = sqlite_path(url)
+        self._engine: sa.Engine | None = None
+        self._stored: dict[str, rows.Stored] = {}  # by ring
+
+    # -- the Sink protocol ---------------------------------------------------------------------
+
+    def open(self, run: RunInfo) -> RunInfo:
+        """Register the run (or a further attempt of it); the store settles its uid and name."""
+        with self._transaction() as connection:
+            schema.create(connection)
+            registered = register(connection, run, self._clock())
+            if registered.resumed is not None:
+                rows.insert_events(connection, registered.stored, [registered.resumed])
+        self._stored[run.ring] = registered.stored
+        return registered.run
+
+    def write(self, run: RunInfo, batch: Batch) -> None:
+        """Store the batch and move the ring's cursor, in one transaction."""
+        stored = self._stored[run.ring]
+        with self._transaction() as connection:
+            self._move_cursor(connection, run.ring, batch)
+            rows.insert_steps(connection, stored, batch.steps)
+            rows.insert_events(connection, stored, batch.events)
+            rows.insert_layers(connection, stored, batch.layers)
+            for finding in batch.findings:
+                rows.upsert_finding(connection, stored, finding, self._clock())
+            self._beat(connection, stored)
+        if self._engine is not None and self._path is not None:
+            sqlite.checkpoint(self._engine, self._path)
+
+    def heartbeat(self, run: RunInfo) -> None:
+        """Say that the run is alive."""
+        with self._transaction() as connection:
+            self._beat(connection, self._stored[run.ring])
+
+    def close(self, run: RunInfo, status: RunStatus | None) -> None:
+        """Note how the run ended. The ring's cursor stays: its file may outlive it."""
+        stored = self._stored[run.ring]
+        if status is not None:
+            now = self._clock()
+            with self._transaction() as connection:
+                connection.execute(
+                    sa.update(runs)
+                    .where(runs.c.id == stored.run_id)
+                    .values(status=status, ended_at=now, heartbeat_at=now)
+                )
+        del self._stored[run.ring]
+        if not self._stored and self._engine is not None:
+            if self._path is not None:
+                sqlite.checkpoint(self._engine, self._path, final=True)
+            self.dispose()
+
+    def dispose(self, *, forked: bool = False) -> None:
+        """Let the connection go; in a forked child without closing what the parent uses."""
+        if self._engine is not None:
+            self._engine.dispose(close=not forked)
+            self._engine = None
+
+    # -- inside a transaction ------------------------------------------------------------------
+
+    def _move_cursor(self, connection: sa.Connection, ring: str, batch: Batch) -> None:
+        """From where the batch begins to where it ends; or say where the cursor is."""
+        (step, event), (next_step, next_event) = batch.first, batch.last
+        moved = connection.execute(
+            sa.update(rings)
+            .where(rings.c.ring == ring, rings.c.step_cursor == step, rings.c.event_cursor == event)
+            .values(step_cursor=next_step, event_cursor=next_event)
+        ).rowcount
+        if moved:
+            return
+        at = connection.execute(
+            sa.select(rings.c.step_cursor, rings.c.event_cursor).where(rings.c.ring == ring)
+        ).one_or_none()
+        if at is None:
+            msg = f"the store {redact(self.url)} does not know this run any more"
+            raise SinkError(msg)
+        raise CursorMovedError(at.step_cursor, at.event_cursor)
+
+    def _beat(self, connection: sa.Connection, stored: rows.Stored) -> None:
+        connection.execute(
+            sa.update(runs).where(runs.c.id == stored.run_id).values(heartbeat_at=self._clock())
+        )
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sa.Connection]:
+        """All or nothing, excluding other writers. What goes wrong becomes a `SinkError`."""
+        try:
+            if self._engine is None:
+                self._engine = (
+                    sa.create_engine(self.url, json_serializer=rows.strict_json)
+                    if self._path is None
+                    else sqlite.writing_engine(self.url, self._path)
+                )
+            with self._engine.begin() as connection:
+                yield connection
+        except (SQLAlchemyError, sqlite3.Error, StoreError, OSError, ImportError) as error:
+            self.dispose()
+            cause = getattr(error, "orig", None) or error
+            reason = str(cause).strip().splitlines() or [type(cause).__name__]
+            msg = f"cannot write the store {redact(self.url)}: {reason[0]}"
+            raise SinkError(msg) from error

@@ -1,0 +1,152 @@
+"""Registering a run: its row, a free name, the attempt it begins, its ring's cursor."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import uuid
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import sqlalchemy as sa
+
+from gradwatch import identity
+from gradwatch.records import Event
+from gradwatch.schema import attempts, rings, runs
+from gradwatch.sinks.rows import Stored
+
+if TYPE_CHECKING:
+    from gradwatch.records import RunInfo
+
+__all__ = ["LIVE_SECONDS", "Registration", "register"]
+
+LIVE_SECONDS = 60.0  # a running run whose heartbeat is older is taken for gone
+
+
+class Registration(NamedTuple):
+    """The run as the store knows it, where its records go, and the cursor of its ring."""
+
+    run: RunInfo
+    stored: Stored
+    resumed: Event | None  # to be stored where a known run goes on
+
+
+def register(connection: sa.Connection, run: RunInfo, now: float) -> Registration:
+    """Find or make the run, and begin an attempt of it; once a ring, however often called.
+
+    Call it inside a transaction that excludes other writers, or two runs may get one name.
+    """
+    mine = connection.execute(
+        sa.select(rings.c.run_id, rings.c.attempt, runs.c.name, runs.c.uid)
+        .join(runs, runs.c.id == rings.c.run_id)
+        .where(rings.c.ring == run.ring)
+    ).one_or_none()
+    if mine:
+        run = dataclasses.replace(run, name=mine.name, uid=mine.uid)
+        return Registration(run, Stored(mine.run_id, mine.attempt), None)
+
+    known = connection.execute(sa.select(runs).where(runs.c.uid == run.uid)).one_or_none()
+    if known and run.uid_source == "launcher" and known.status == "finished":
+        # The launcher's id names the whole job: a second script in it is not a resumed run.
+        run = dataclasses.replace(run, uid=f"{run.uid}-{uuid.uuid4().hex[:8]}")
+        known = None
+    if known is None:
+        run = dataclasses.replace(run, name=_free_name(connection, run.name, now))
+        stored, resumed = Stored(_insert_run(connection, run, now), 1), None
+    else:
+        run = dataclasses.replace(run, name=known.name)
+        stored = _go_on(connection, run, known.id, now)
+        resumed = _resumed(run, stored, now)
+    connection.execute(
+        sa.insert(attempts).values(
+            run_id=stored.run_id, attempt=stored.attempt, start_step=run.start_step
+        )
+    )
+    connection.execute(
+        sa.insert(rings).values(
+            ring=run.ring,
+            run_id=stored.run_id,
+            attempt=stored.attempt,
+            rank=run.rank,
+            host=run.host,
+            path=run.settings.get("ring"),
+            step_cursor=0,
+            event_cursor=0,
+        )
+    )
+    return Registration(run, stored, resumed)
+
+
+def _insert_run(connection: sa.Connection, run: RunInfo, now: float) -> int:
+    connection.execute(
+        sa.insert(runs).values(
+            uid=run.uid,
+            name=run.name,
+            started_at=run.started_at,
+            heartbeat_at=now,
+            status="running",
+            **_columns(run),
+        )
+    )
+    return int(connection.execute(sa.select(runs.c.id).where(runs.c.uid == run.uid)).scalar_one())
+
+
+def _go_on(connection: sa.Connection, run: RunInfo, run_id: int, now: float) -> Stored:
+    connection.execute(
+        sa.update(runs)
+        .where(runs.c.id == run_id)
+        .values(status="running", ended_at=None, heartbeat_at=now, **_columns(run))
+    )
+    last = connection.execute(
+        sa.select(sa.func.max(attempts.c.attempt)).where(attempts.c.run_id == run_id)
+    ).scalar()
+    return Stored(run_id, (last or 0) + 1)
+
+
+def _resumed(run: RunInfo, stored: Stored, now: float) -> Event:
+    return Event(
+        "run_resumed",
+        run.start_step,
+        now,
+        "info",
+        f"attempt {stored.attempt} goes on from step {run.start_step}",
+        {"attempt": stored.attempt, "host": run.host, "pid": run.pid},
+        run.rank,
+    )
+
+
+def _free_name(connection: sa.Connection, name: str, now: float) -> str:
+    """`name`, or with -2, -3, … where live runs have it."""
+    running = connection.execute(
+        sa.select(runs.c.name, runs.c.host, runs.c.pid).where(
+            runs.c.status == "running", runs.c.heartbeat_at > now - LIVE_SECONDS
+        )
+    )
+    here = identity.host()
+    live = {row.name for row in running if row.host != here or _alive(row.pid)}
+    candidate, ordinal = name, 1
+    while candidate in live:
+        ordinal += 1
+        candidate = f"{name}-{ordinal}"
+    return candidate
+
+
+def _columns(run: RunInfo) -> dict[str, Any]:
+    return {
+        "job": run.job,
+        "host": run.host,
+        "pid": run.pid,
+        "world_size": run.world_size,
+        "tags": dict(run.tags),
+        "settings": dict(run.settings),
+        "metrics_url": run.metrics_url,
+    }
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True  # it is there, and somebody else's
+    return True

@@ -1,0 +1,161 @@
+"""Records as rows: what a batch becomes in the tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+
+from gradwatch import schema
+from gradwatch.recorder import FLAGS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradwatch.records import Event, Finding, LayerNorms
+
+__all__ = [
+    "Stored",
+    "insert_events",
+    "insert_layers",
+    "insert_steps",
+    "strict_json",
+    "upsert_finding",
+]
+
+_NUMBERS = ("loss", "lr", "pre_norm", "post_norm", "threshold", "loss_scale")
+_BITS = (FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED)
+_COLUMNS = [column.name for column in schema.step_records.columns]
+
+
+class Stored(NamedTuple):
+    """Where a ring's records go."""
+
+    run_id: int
+    attempt: int
+
+
+def insert_steps(
+    connection: sa.Connection, stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]
+) -> None:
+    """Store step records through the driver's executemany, a third of SQLAlchemy's own time."""
+    if not len(steps):
+        return
+    mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
+    marks = ", ".join([mark] * len(_COLUMNS))
+    connection.exec_driver_sql(
+        f"INSERT INTO step_records ({', '.join(_COLUMNS)}) "  # noqa: S608 - names of our own
+        f"VALUES ({marks}) ON CONFLICT DO NOTHING",
+        _step_rows(stored, steps),
+    )
+
+
+def insert_events(connection: sa.Connection, stored: Stored, events: Sequence[Event]) -> None:
+    """Store events."""
+    rows = [
+        {
+            "run_id": stored.run_id,
+            "attempt": stored.attempt,
+            "step": event.step,
+            "time": event.time,
+            "rank": event.rank,
+            "kind": event.kind,
+            "severity": event.severity,
+            "message": event.message,
+            "data": dict(event.data),
+        }
+        for event in events
+    ]
+    if rows:
+        connection.execute(sa.insert(schema.events), rows)
+
+
+def insert_layers(connection: sa.Connection, stored: Stored, samples: Sequence[LayerNorms]) -> None:
+    """Store samples of the layer norms."""
+    rows = [
+        {
+            "run_id": stored.run_id,
+            "attempt": stored.attempt,
+            "step": sample.step,
+            "parameter": name,
+            "grad_norm": _finite(grad),
+            "weight_norm": _finite(weight),
+        }
+        for sample in samples
+        for name, grad, weight in zip(
+            sample.parameters, sample.grad_norms, sample.weight_norms, strict=True
+        )
+    ]
+    if rows:
+        insert = _insert(connection, schema.layer_norms)
+        connection.execute(insert.on_conflict_do_nothing(), rows)
+
+
+def upsert_finding(connection: sa.Connection, stored: Stored, finding: Finding, now: float) -> None:
+    """Store a finding, or bring the one of that name up to date."""
+    news = {
+        "severity": finding.severity,
+        "last_step": finding.last_step,
+        "ended_at": None,
+        "message": finding.message,
+        "advice": finding.advice,
+        "data": dict(finding.data),
+    }
+    insert = _insert(connection, schema.findings).values(
+        run_id=stored.run_id,
+        finding=finding.finding,
+        first_step=finding.first_step,
+        found_at=now,
+        **news,
+    )
+    connection.execute(
+        insert.on_conflict_do_update(index_elements=["run_id", "finding"], set_=news)
+    )
+
+
+def strict_json(value: Any) -> str:
+    """JSON as the standard has it: non-finite numbers as null, other objects as their text."""
+    return json.dumps(_plain(value), default=str, allow_nan=False)
+
+
+def _step_rows(stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]) -> list[tuple[Any, ...]]:
+    """Plain tuples for the driver, NaN and inf as None."""
+    count = len(steps)
+    columns: list[Sequence[Any]] = [
+        [stored.run_id] * count,
+        [stored.attempt] * count,
+        steps["step"].tolist(),
+        steps["time"].tolist(),
+    ]
+    for name in _NUMBERS:
+        finite = np.isfinite(steps[name])
+        column = steps[name].tolist()
+        if not finite.all():
+            column = [v if ok else None for v, ok in zip(column, finite.tolist(), strict=True)]
+        columns.append(column)
+    columns.extend(((steps["flags"] & bit) != 0).tolist() for bit in _BITS)
+    return list(zip(*columns, strict=True))
+
+
+def _insert(connection: sa.Connection, table: sa.Table) -> Any:
+    """An INSERT that may say ON CONFLICT, in this database's dialect."""
+    dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
+    return dialect.insert(table)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return _finite(value)
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

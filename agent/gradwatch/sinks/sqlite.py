@@ -1,0 +1,84 @@
+"""SQLite as a store that many processes write: WAL, real BEGINs, checkpoints under a lock file.
+
+SQLite before 3.51.3 can corrupt a file in WAL mode when two connections write and checkpoint it.
+So no connection checkpoints by itself (`wal_autocheckpoint=0`); whoever wants to takes the
+store's lock file first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from gradwatch.sinks.rows import strict_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["checkpoint", "writing_engine"]
+
+_BUSY_SECONDS = 1.0  # how long a statement waits for another writer
+_CHECKPOINT_BYTES = 4 << 20  # a WAL shorter than this is left alone
+
+
+def writing_engine(url: str, path: Path) -> sa.Engine:
+    """An engine for the one connection of this process that writes the file at `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    engine = sa.create_engine(
+        url,
+        json_serializer=strict_json,
+        connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False},
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # BEGIN is said below, at once and for writing
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.execute("PRAGMA wal_autocheckpoint=0")
+        cursor.close()
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    return engine
+
+
+def checkpoint(engine: sa.Engine, path: Path, *, final: bool = False) -> None:
+    """Fold the WAL back into the file when it has grown, or when this is the `final` batch.
+
+    Only space is at stake: where it cannot be done now, a later batch tries again.
+    """
+    with contextlib.suppress(OSError, sa.exc.SQLAlchemyError, sqlite3.Error):
+        if not final and Path(f"{path}-wal").stat().st_size < _CHECKPOINT_BYTES:
+            return
+        with _lock_file(Path(f"{path}.lock")) as alone:
+            if alone:
+                mode = "TRUNCATE" if final else "PASSIVE"
+                with contextlib.closing(engine.raw_connection()) as connection:
+                    connection.cursor().execute(f"PRAGMA wal_checkpoint({mode})").close()
+            if final:
+                engine.dispose()  # the last connection to close checkpoints too
+
+
+@contextlib.contextmanager
+def _lock_file(path: Path) -> Iterator[bool]:
+    """Whether we alone hold the store's lock file, for the time of the block."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,41 @@
+"""Every test runs in a folder of its own, with a process pipeline of its own."""
+
+import os
+import shutil
+
+import pytest
+
+from gradwatch import process
+
+MADE_BY_LAUNCHERS = ("GRADWATCH_", "SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path, monkeypatch):
+    """No setting, file, port or thread of one test reaches another."""
+    for name in list(os.environ):
+        if name.startswith(MADE_BY_LAUNCHERS) and name != "GRADWATCH_TEST_SERVERS":
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GRADWATCH_METRICS_PORT", "0")
+    monkeypatch.setenv("GRADWATCH_DRAIN_INTERVAL", "0.05")
+    yield
+    if process._process.pipeline is not None:
+        process._process.pipeline.shutdown("finished", 10.0)
+        process._process.pipeline = None
+
+
+@pytest.fixture
+def server_program():
+    """The path of a server's program; skips where it is not installed, naming the package."""
+
+    def find(program, package):
+        path = shutil.which(program)
+        if path is None:
+            message = f"{program} is not installed: apt-get install {package}"
+            if os.environ.get("GRADWATCH_TEST_SERVERS") == "required":
+                pytest.fail(message)
+            pytest.skip(message)
+        return path
+
+    return find
