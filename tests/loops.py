@@ -1,6 +1,7 @@
 """Small models and loops that tests share."""
 
 import copy
+import itertools
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ def mlp(seed=0, sizes=(8, 16, 16, 1)):
     """A multi-layer perceptron with its own seed."""
     torch.manual_seed(seed)
     layers = []
-    for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -50,9 +51,7 @@ def train(model, optimizer, steps, *, seed=1, batch=16, scale=1.0, after_backwar
 
 def parameters_equal(one, other):
     """Whether all parameters are bit-identical."""
-    return all(
-        torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True)
-    )
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def greatest_difference(one, other):

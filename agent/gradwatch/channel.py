@@ -6,6 +6,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from gradwatch.habits import ClippedTwice
+from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
     from gradwatch.recorder import Ring
@@ -61,6 +62,13 @@ class Channel:
     def lose(self, reason: str, count: int = 1) -> None:
         """Count records that will not reach the store."""
         self._lost[reason] = self._lost.get(reason, 0) + count
+
+    def tell_incomplete(self) -> None:
+        """Say that the run has ended with records that are not in the store, and where they are."""
+        where = f"the rest is in {self.ring.path}" if self.ring.path else "the rest is lost"
+        logger.warning(
+            "gradwatch: run %s ended before all of it was stored; %s", self.run.name, where
+        )
 
     # -- what the exporter reads ---------------------------------------------------------------
 

@@ -36,6 +36,14 @@ class Delivery:
 
     def serve(self, channel: Channel) -> None:
         """Deliver all that is new in this channel's ring, and end it if that was asked for."""
+        try:
+            self._serve(channel)
+        except Exception as error:  # noqa: BLE001 - a bug here must not end the worker
+            self._troubles.report("worker", f"the worker failed ({type(error).__name__}: {error})")
+            if channel.closing:  # nor let a run that ends wait for ever
+                channel.closed.set()
+
+    def _serve(self, channel: Channel) -> None:
         urgent, channel.urgent = channel.urgent, False
         store, metrics = channel.store, channel.metrics
         store_is_due = urgent or self._clock.monotonic() >= store.retry_at
@@ -48,12 +56,6 @@ class Delivery:
             self._try(channel, store, self._feed)
         if channel.closing:
             self._finish(channel)
-
-    def failed(self, channel: Channel, error: Exception) -> None:
-        """A bug: say so, and do not let a run that ends wait for ever."""
-        self._troubles.report("worker", f"the worker failed ({type(error).__name__}: {error})")
-        if channel.closing:
-            channel.closed.set()
 
     def _try(
         self, channel: Channel, outlet: Outlet, act: Callable[[Channel, Outlet], None]
@@ -158,7 +160,7 @@ class Delivery:
             channel.urgent = True  # tried again at the next look, until the deadline
             return
         for outlet in (channel.metrics, store):
-            if outlet.run is not None:
+            if outlet.run is not None and not outlet.failures:
                 try:
                     outlet.sink.close(outlet.run, channel.status)
                 except SinkError as error:
@@ -166,10 +168,5 @@ class Delivery:
         channel.complete = stored
         channel.ring.close(remove=stored)
         if not stored:
-            rest = (
-                f"the rest is in {channel.ring.path}" if channel.ring.path else "the rest is lost"
-            )
-            logger.warning(
-                "gradwatch: run %s ended before all of it was stored; %s", channel.run.name, rest
-            )
+            channel.tell_incomplete()
         channel.closed.set()

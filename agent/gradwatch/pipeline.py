@@ -46,6 +46,8 @@ class Pipeline:
         self._channels: list[Channel] = []
         self._interval = 60.0
         self._lock = threading.Lock()
+        self._delivering = threading.Lock()  # held by the worker while it uses a sink
+        self._forking = False
         self._progress = threading.Condition()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -138,10 +140,8 @@ class Pipeline:
             with self._lock:
                 channels = list(self._channels)
             for channel in channels:
-                try:
+                with self._delivering:
                     self._delivery.serve(channel)
-                except Exception as error:  # noqa: BLE001 - a bug here must not end the worker
-                    self._delivery.failed(channel, error)
                 if channel.closed.is_set():
                     with self._lock:
                         self._channels.remove(channel)
@@ -159,21 +159,38 @@ class Pipeline:
             channels = list(self._channels)
         for channel in channels:
             if not channel.closing:
-                channel.end(status, self.clock.monotonic() + timeout * 0.8)
+                channel.end(status, self.clock.monotonic() + timeout * 0.6)
         self._stopping = True
         self._wake.set()
         if self._thread is not None:
             self._thread.join(max(0.0, deadline - time.monotonic()))
+            for channel in channels:
+                if not channel.closed.is_set():
+                    channel.tell_incomplete()
         if self._exporter is not None:
             self._exporter.close()
+
+    def before_fork(self) -> None:
+        """Close every connection: an SQLite one that is carried into a child corrupts the file.
+
+        Waits until the worker is between two deliveries, `EXIT_SECONDS` at most.
+        """
+        self._forking = self._delivering.acquire(timeout=EXIT_SECONDS)
+        if self._forking:
+            for sink in self._stores.values():
+                sink.dispose()
+
+    def after_fork(self) -> None:
+        """In the parent: the worker goes on, and connects again when it has something to store."""
+        if self._forking:
+            self._forking = False
+            self._delivering.release()
 
     def forked(self) -> None:
         """In the child: let go of what belongs to the parent, without touching it."""
         for method in self._in_child:
             if (call := method()) is not None:
                 call()
-        for sink in self._stores.values():
-            sink.dispose(forked=True)
         if self._exporter is not None:
             self._exporter.forked()
 

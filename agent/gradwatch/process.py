@@ -31,6 +31,14 @@ class _Process:
             with contextlib.suppress(Exception):
                 self.pipeline.shutdown(_exit_status())
 
+    def before_fork(self) -> None:
+        if self.pipeline is not None:
+            self.pipeline.before_fork()
+
+    def in_parent(self) -> None:
+        if self.pipeline is not None:
+            self.pipeline.after_fork()
+
     def in_child(self) -> None:
         self.lock = threading.Lock()  # the parent's may have been held at the fork
         parents, self.pipeline = self.pipeline, None
@@ -50,7 +58,11 @@ def pipeline() -> Pipeline:
             _process.hooked = True
             atexit.register(_process.at_exit)
             if hasattr(os, "register_at_fork"):
-                os.register_at_fork(after_in_child=_process.in_child)
+                os.register_at_fork(
+                    before=_process.before_fork,
+                    after_in_parent=_process.in_parent,
+                    after_in_child=_process.in_child,
+                )
         return _process.pipeline
 
 

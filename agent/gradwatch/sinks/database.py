@@ -87,10 +87,10 @@ class DatabaseSink:
                 sqlite.checkpoint(self._engine, self._path, final=True)
             self.dispose()
 
-    def dispose(self, *, forked: bool = False) -> None:
-        """Let the connection go; in a forked child without closing what the parent uses."""
+    def dispose(self) -> None:
+        """Let the connection go; the next transaction makes another."""
         if self._engine is not None:
-            self._engine.dispose(close=not forked)
+            self._engine.dispose()
             self._engine = None
 
     # -- inside a transaction ------------------------------------------------------------------

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["checkpoint", "writing_engine"]
 
-_BUSY_SECONDS = 1.0  # how long a statement waits for another writer
+_BUSY_SECONDS = 0.5  # how long a statement waits for another writer
 _CHECKPOINT_BYTES = 4 << 20  # a WAL shorter than this is left alone
 
 

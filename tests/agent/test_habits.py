@@ -1,0 +1,102 @@
+"""A loop that clips by itself is recognised; loops that do not are left in peace."""
+
+import math
+
+import pytest
+import torch
+from loops import mlp, train
+from torch.nn.utils import clip_grad_norm_
+
+import gradwatch
+from gradwatch.testing import MemorySink
+
+POLICIES = [gradwatch.ClipNorm(1.0), gradwatch.ClipNorm(0.5), gradwatch.ObserveOnly()]
+
+
+def watch(clip=None, policy=POLICIES[0], *, steps=50, scale=1.0, **options):
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    agent = gradwatch.Agent(optimizer, clip=policy, store=(sink := MemorySink()), metrics_port=None)
+
+    def after_backward(step, loss):
+        if clip is not None:
+            clip_grad_norm_(model.parameters(), clip)
+
+    train(model, optimizer, steps, scale=scale, after_backward=after_backward, **options)
+    assert agent.flush()
+    return sink
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("limit", [1.0, 0.5, 5.0, 0.01])
+def test_a_loop_that_clips_is_recognised_within_50_steps(policy, limit, caplog):
+    """Said once, with the line to take out, and on record as a finding."""
+    sink = watch(limit, policy, scale=5.0)
+    (finding,) = sink.findings
+    assert finding.finding == "clipped_twice"
+    assert finding.last_step < 50
+    assert finding.data["limit"] == pytest.approx(limit, rel=1e-3)
+    assert f"clip_grad_norm_(…, {limit:g})" in finding.advice
+    said = [r for r in caplog.records if "clips by itself" in r.message]
+    assert len(said) == 1
+
+
+def test_said_once_in_a_long_run(caplog):
+    """Not again after 1,000 steps."""
+    sink = watch(0.5, steps=1000, scale=5.0)
+    assert len(sink.findings) == 1
+    assert sum("clips by itself" in r.message for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_loop_that_does_not_clip_is_left_in_peace(policy):
+    """Our own clipping is not taken for the loop's."""
+    assert not watch(None, policy, steps=400, scale=5.0).findings
+
+
+def test_a_threshold_that_never_bites_is_not_a_finding():
+    """`clip_grad_norm_` far above every norm hides nothing."""
+    assert not watch(1e6, steps=400).findings
+
+
+def test_full_batch_descent_is_not_taken_for_clipping():
+    """Norms that hardly change from step to step are not a wall, accumulated or not."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    agent = gradwatch.Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
+    for _ in range(300):
+        optimizer.zero_grad()
+        for half in x.chunk(2):  # accumulation: gradients are changed in place
+            model(half).square().mean().backward()
+        optimizer.step()
+    assert agent.flush()
+    assert not sink.findings
+
+
+def test_a_constant_gradient_is_not_taken_for_clipping():
+    """The same norm at every step, bit for bit, is a gradient that does not change."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    agent = gradwatch.Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
+    for _ in range(100):
+        weight.grad = torch.tensor([3.0, 0.0, 4.0])
+        weight.grad.mul_(1.0)
+        optimizer.step()
+    assert agent.flush()
+    assert not sink.findings
+
+
+def test_a_tensor_norm_of_many_elements_is_a_wall_too():
+    """Torch's own float32 norm is off for a large tensor, so its wall lies beside the limit."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.nn.Parameter(torch.zeros(2_000_000))
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    agent = gradwatch.Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
+    for _ in range(20):
+        weight.grad = torch.randn(2_000_000, generator=generator)
+        clip_grad_norm_([weight], 1.0)
+        optimizer.step()
+    assert agent.flush()
+    assert len(sink.findings) == 1
+    assert math.isclose(sink.findings[0].data["limit"], 1.0, rel_tol=1e-3)
