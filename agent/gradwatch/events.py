@@ -33,27 +33,34 @@ _NAMED = 3  # parameters spelled out in a message; all of them are in the data
 class NormSpikes:
     """Finds norms above 5 times the median of the 50 finite norms before them.
 
-    From 20 norms on. A spike does not enter the window twice over: it counts as one norm, which
-    a median of 50 does not notice. Never reset.
+    From 20 norms on. A spike enters the window as one norm among 50, which the median does not
+    notice. One that follows another within 5 steps belongs to the same burst and is not told
+    again. Never reset.
     """
 
     FACTOR = 5.0
     WINDOW = 50
     FROM = 20
+    BURST = 5
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque()
         self._sorted: list[float] = []
+        self._since = self.BURST  # norms since the last one that was above
 
     def observe(self, norm: float) -> float | None:
-        """The median before this finite norm, where the norm is a spike over it; else None."""
+        """The median before this finite norm, where a spike begins with it; else None."""
         ordered = self._sorted
         median = ordered[len(ordered) // 2] if len(ordered) >= self.FROM else math.inf
         if len(ordered) == self.WINDOW:
             del ordered[bisect.bisect_left(ordered, self._recent.popleft())]
         bisect.insort(ordered, norm)
         self._recent.append(norm)
-        return median if norm > self.FACTOR * median and median > 0.0 else None
+        self._since += 1
+        if norm <= self.FACTOR * median or median <= 0.0:
+            return None
+        quiet, self._since = self._since, 0
+        return median if quiet > self.BURST else None
 
 
 class LossSpikes:

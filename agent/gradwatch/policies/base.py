@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -51,6 +52,18 @@ class Policy(ABC, Generic[S]):
     def load(self, dumped: Mapping[str, Any]) -> S:  # noqa: ARG002
         """The state that `dump` wrote."""
         return self.init()
+
+    def __str__(self) -> str:
+        """As one would write it: arguments at their default are left out."""
+        fields = getattr(self, "__dataclass_fields__", {})
+        shown = []
+        for name, field in fields.items():
+            value = getattr(self, name)
+            if field.default is dataclasses.MISSING:
+                shown.append(f"{value!r}")
+            elif value != field.default:
+                shown.append(f"{name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     def describe(self) -> dict[str, Any]:
         """The policy's name and arguments, as `runs.settings` keeps them."""

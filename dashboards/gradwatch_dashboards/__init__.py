@@ -1,0 +1,1 @@
+"""Everything people look at: the command line, the demo, the Streamlit app."""

@@ -1,0 +1,321 @@
+"""`gradwatch …`: parse and call. Each verb loads what it needs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gradwatch.errors import ConfigurationError, GradwatchError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from gradwatch_monitor.store import Run, Store
+
+__all__ = ["app", "main"]
+
+NOT_FOUND = 1  # also: there is a finding
+USAGE = 2
+
+app = typer.Typer(
+    name="gradwatch",
+    help="Training-health monitoring for PyTorch: look at runs, ask for a clipping threshold.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+store_app = typer.Typer(help="Look after a store.", no_args_is_help=True)
+app.add_typer(store_app, name="store")
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="The store: a database URL or a file's path [default: GRADWATCH_STORE, else "
+        "gradwatch.db here].",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, uid or id.")]
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def main() -> None:
+    """Run the command line; errors of gradwatch become one line and an exit status."""
+    try:
+        app()
+    except ConfigurationError as error:
+        err.print(f"gradwatch: {escape(str(error))}")
+        sys.exit(USAGE)
+    except GradwatchError as error:
+        err.print(f"gradwatch: {escape(str(error))}")
+        sys.exit(NOT_FOUND)
+    except BrokenPipeError:  # `gradwatch runs | head`
+        sys.stderr.close()
+        sys.exit(0)
+
+
+# -- verbs -------------------------------------------------------------------------------------
+
+
+@app.command()
+def runs(
+    store: StoreOption = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the latest first.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List runs, the latest first."""
+    with _open(store) as opened:
+        found = opened.runs(limit=limit)
+        rows = [{**_run_dict(run), "steps": _steps(opened, run)} for run in found]
+    if as_json:
+        _print_json(rows)
+        return
+    if not rows:
+        out.print(f"No runs in {escape(opened.name)} yet.")
+        return
+    table = Table("id", "name", "status", "steps", "started", "host", "clip", box=None)
+    for row in rows:
+        clip = str(row["settings"].get("clip", ""))
+        cells = (row["id"], row["name"], row["status"], f"{row['steps']:,}",
+                 _when(row["started_at"]), row["host"], clip)  # fmt: skip
+        table.add_row(*(escape(str(cell)) for cell in cells))
+    out.print(table)
+
+
+@app.command()
+def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Show one run: counts, last values, findings, the latest events."""
+    with _open(store) as opened:
+        found = opened.run(run)
+        summary = opened.summary(found.id)
+        findings = opened.findings(found.id)
+        events = opened.events(found.id, limit=10)
+    if as_json:
+        _print_json(
+            {
+                **_run_dict(found),
+                **dataclasses.asdict(summary),
+                "clip_ratio": summary.clip_ratio,
+                "findings": [dataclasses.asdict(f) for f in findings],
+                "events": [dataclasses.asdict(e) for e in events],
+            }
+        )
+        return
+    table = Table(box=None, show_header=False, title=escape(found.name), title_justify="left")
+    ratio = summary.clip_ratio
+    for label, value in (
+        ("status", _run_dict(found)["status"]),
+        ("started", _when(found.started_at)),
+        ("host", f"{found.host}, process {found.pid}"),
+        ("optimizer", found.settings.get("optimizer", "")),
+        ("clip", found.settings.get("clip", "")),
+        ("tags", ", ".join(f"{key}={value}" for key, value in found.tags.items()) or "–"),
+        ("metrics", found.metrics_url or "–"),
+        ("steps", f"{summary.steps:,}"),
+        ("clipped", f"{summary.clipped:,}" + (f" ({100 * ratio:.1f} %)" if ratio else "")),
+        ("NaN or inf", f"{summary.nonfinite:,}"),
+        ("skipped", f"{summary.skipped:,} ({summary.amp_overflows:,} AMP overflows)"),
+        ("last norm", _number(summary.last_pre_norm)),
+        ("last loss", _number(summary.last_loss)),
+        ("threshold", _number(summary.last_threshold)),
+    ):
+        table.add_row(label, escape(str(value)))
+    out.print(table)
+    for finding in findings:
+        out.print(f"\n{finding.severity}: {escape(finding.message)} {escape(finding.advice)}")
+    if events:
+        out.print("\nlatest events")
+        for event in events:
+            out.print(f"  step {event.step:>7}  {event.severity:8}  {escape(event.message)}")
+
+
+@app.command()
+def recommend(
+    run: RunArgument,
+    store: StoreOption = None,
+    target: Annotated[float, typer.Option(help="Share of the steps to clip.")] = 0.20,
+    as_json: JsonOption = False,
+) -> None:
+    """Recommend a clipping threshold for the next run, with the reasons."""
+    from gradwatch_monitor import recommend as recommend_run  # noqa: PLC0415
+
+    with _open(store) as opened:
+        found = opened.run(run)
+        result = recommend_run(opened, found.id, target=target)
+    if as_json:
+        _print_json({"run": found.name, "run_id": found.id, **result.as_dict()})
+        return
+    out.print(f"{escape(found.name)}: {result.verdict.replace('_', ' ')}")
+    out.print(escape(result.sentence))
+    for reason in result.reasons:
+        out.print(f"  - {escape(reason)}")
+    if result.policy is not None:
+        out.print(f"\nclip=gradwatch.{escape(str(result.policy))}")
+
+
+@app.command()
+def ui(
+    store: StoreOption = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="TCP port.")] = 8501,
+    address: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    as_json: JsonOption = False,
+) -> None:
+    """Open the dashboard, and stay until Ctrl-C."""
+    from gradwatch_dashboards.web import serve  # noqa: PLC0415
+
+    _need("streamlit", "altair", "pandas", "tsdownsample", extra="monitor", verb="ui")
+    url = _store_url(store)
+    code = serve.run(
+        url, address=address, port=port, announce=lambda page: _announce(page, url, as_json=as_json)
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def demo(
+    store: StoreOption = None,
+    ui: Annotated[bool, typer.Option(help="Open the dashboard afterwards.")] = True,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="The dashboard's port.")] = 8501,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = 30,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a small model on real data, watched; then recommend and open the dashboard."""
+    _need("sklearn", extra="demo", verb="demo")
+    from gradwatch_dashboards import demo as watched  # noqa: PLC0415
+
+    url = _store_url(store)
+    result = watched.run(url, epochs=epochs, console=err if as_json else out)
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        watched.tell(result, out)
+    if not ui:
+        return
+    _need("streamlit", extra="monitor", verb="demo")
+    from gradwatch_dashboards.web import serve  # noqa: PLC0415
+
+    code = serve.run(
+        url,
+        port=port,
+        run=result.run,
+        announce=lambda page: _announce(page, url, as_json=as_json),
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Check this machine and the store; exit status 1 where something is wrong."""
+    from gradwatch_dashboards import doctor as examination  # noqa: PLC0415
+
+    checks = examination.examine(_store_url(store), os.environ)
+    if as_json:
+        _print_json([check._asdict() for check in checks])
+    else:
+        table = Table(box=None, show_header=False)
+        for check in checks:
+            table.add_row(check.status, escape(check.subject), escape(check.detail))
+        out.print(table)
+    if any(check.status == "problem" for check in checks):
+        raise typer.Exit(NOT_FOUND)
+
+
+@store_app.command()
+def migrate(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Bring a store's schema up to this version's."""
+    _need("alembic", extra="monitor", verb="store migrate")
+    from gradwatch_monitor.migrations import migrate as migrate_store  # noqa: PLC0415
+
+    before, after = migrate_store(_store_url(store))
+    if as_json:
+        _print_json({"before": before, "after": after})
+    elif before == after:
+        out.print(f"The store is at revision {after} already.")
+    else:
+        out.print(f"The store went from revision {before or 'none'} to {after}.")
+
+
+# -- what verbs share --------------------------------------------------------------------------
+
+
+def _store_url(store: str | None) -> str:
+    from gradwatch.config import Settings  # noqa: PLC0415
+
+    return Settings.load(**({} if store is None else {"store": store})).store
+
+
+@contextlib.contextmanager
+def _open(store: str | None) -> Iterator[Store]:
+    from gradwatch_monitor.store import Store  # noqa: PLC0415
+
+    with Store(_store_url(store)) as opened:
+        yield opened
+
+
+def _need(*modules: str, extra: str, verb: str) -> None:
+    """Say which extra a verb needs, before it fails somewhere inside."""
+    from importlib.util import find_spec  # noqa: PLC0415
+
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        msg = f"`gradwatch {verb}` needs {', '.join(missing)}: pip install 'gradwatch[{extra}]'"
+        raise ConfigurationError(msg)
+
+
+def _announce(page: str, url: str, *, as_json: bool) -> None:
+    from gradwatch.config import redact  # noqa: PLC0415
+
+    if as_json:
+        _print_json({"url": page, "store": redact(url)})
+    else:
+        out.print(f"Dashboard: {page}   (Ctrl-C ends it)")
+
+
+def _run_dict(run: Run) -> dict[str, Any]:
+    from gradwatch_monitor.store import status_of  # noqa: PLC0415
+
+    return {**dataclasses.asdict(run), "status": status_of(run), "live": run.is_live()}
+
+
+def _steps(store: Store, run: Run) -> int:
+    last = store.last_step(run.id)
+    return 0 if last is None else last + 1
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(_plain(value), indent=2, default=str))  # noqa: T201 - rich would wrap it
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: say null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"

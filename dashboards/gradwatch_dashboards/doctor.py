@@ -1,0 +1,145 @@
+"""Is this machine fit to record and to look? One check a line."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import socket
+import sqlite3
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+from gradwatch.config import Settings, redact, sqlite_path
+from gradwatch.errors import GradwatchError, StoreNotFoundError
+from gradwatch.rings import folders
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+__all__ = ["Check", "examine"]
+
+# Before it, two connections that write and checkpoint one file in WAL mode could corrupt it.
+_SQLITE_FIXED = (3, 51, 3)
+_RING_BYTES = 20 << 20
+_EXTRAS = {"monitor": ("streamlit", "pandas", "alembic"), "postgres": ("psycopg",)}
+
+
+class Check(NamedTuple):
+    """One thing looked at: fine, worth knowing, or wrong."""
+
+    status: Literal["ok", "note", "problem"]
+    subject: str
+    detail: str
+
+
+def examine(store: str, environ: Mapping[str, str]) -> list[Check]:
+    """All checks, for this store."""
+    return [
+        *_versions(),
+        _sqlite(),
+        *_store(store),
+        *_rings(store),
+        _port(),
+        *_variables(environ),
+    ]
+
+
+def _versions() -> Iterator[Check]:
+    yield Check("ok", "python", platform.python_version())
+    for package in ("gradwatch", "torch"):
+        yield Check("ok", package, version(package))
+    for extra, packages in _EXTRAS.items():
+        missing = [package for package in packages if not _installed(package)]
+        if missing:
+            detail = f"without {', '.join(missing)}: pip install 'gradwatch[{extra}]'"
+            yield Check("note", f"gradwatch[{extra}]", detail)
+        else:
+            yield Check("ok", f"gradwatch[{extra}]", "installed")
+
+
+def _sqlite() -> Check:
+    if sqlite3.sqlite_version_info >= _SQLITE_FIXED:
+        return Check("ok", "sqlite", sqlite3.sqlite_version)
+    return Check(
+        "note",
+        "sqlite",
+        f"{sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3); gradwatch checkpoints "
+        "under a lock file, so let no other program write the store",
+    )
+
+
+def _store(url: str) -> Iterator[Check]:
+    from gradwatch_monitor.store import Store  # noqa: PLC0415 - a check like any other
+
+    path = sqlite_path(url)
+    try:
+        with Store(url) as store:
+            runs = len(store.runs())
+            yield Check("ok", "store", f"{store.name}, {runs} run{'s' * (runs != 1)}")
+    except StoreNotFoundError:
+        yield Check("ok", "store", f"{redact(url)} is not there yet: the first job makes it")
+    except GradwatchError as error:
+        yield Check("problem", "store", str(error))
+        return
+    if path is not None and (problem := _unwritable(path.parent)):
+        yield Check("problem", "store", f"no job can write {path.parent}: {problem}")
+
+
+def _rings(store: str) -> Iterator[Check]:
+    for folder in folders(Settings.load(store=store))[:1]:
+        if problem := _unwritable(folder):
+            yield Check("problem", "flight recorder", f"cannot be kept in {folder}: {problem}")
+        elif shutil.disk_usage(_existing(folder)).free < _RING_BYTES:
+            yield Check("problem", "flight recorder", f"the disk of {folder} is full")
+        else:
+            left = len(list(folder.glob("*.ring"))) if folder.is_dir() else 0
+            detail = f"{folder}" + (f", {left} of runs that run or were killed" if left else "")
+            yield Check("ok", "flight recorder", detail)
+
+
+def _port() -> Check:
+    settings = Settings.load()
+    port = settings.metrics_port
+    if not isinstance(port, int):
+        return Check("note", "metrics", "no exporter (GRADWATCH_METRICS_PORT)")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.metrics_addr, port))
+        except OSError as error:
+            detail = f"{settings.metrics_addr}:{port}: {error.strerror}; the next free one is taken"
+            return Check("note", "metrics", detail)
+    return Check("ok", "metrics", f"{settings.metrics_addr}:{port} is free")
+
+
+def _variables(environ: Mapping[str, str]) -> Iterator[Check]:
+    known = {f"GRADWATCH_{name.upper()}" for name in Settings.model_fields}
+    for name in sorted(environ):
+        if name.startswith("GRADWATCH_") and name not in known:
+            yield Check("problem", name, f"no such setting; there are {', '.join(sorted(known))}")
+
+
+def _installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _existing(folder: Path) -> Path:
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why nothing can be written below a folder that may not be there yet."""
+    import tempfile  # noqa: PLC0415
+
+    try:
+        with tempfile.TemporaryFile(dir=_existing(folder)):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)

@@ -1,0 +1,233 @@
+"""The charts of the run page: frames in, charts out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+import numpy as np
+import pandas as pd
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["clip_ratio", "loss", "norms", "what_if"]
+
+BEFORE, AFTER = "before clipping", "after clipping"
+THRESHOLD, CLIPPED = "threshold", "clipped step"
+_NORM_COLOURS = {
+    BEFORE: "#8da0b8",
+    AFTER: "#1f6fb4",
+    THRESHOLD: "#222831",
+    CLIPPED: "#e8833a",
+}
+_EVENT_COLOURS = {
+    "NaN or inf": "#d62728",
+    "norm spike": "#9467bd",
+    "loss spike": "#9467bd",
+    "AMP overflow": "#8c8c8c",
+}
+_EVENT_NAMES = {
+    "nonfinite_gradient": "NaN or inf",
+    "nonfinite_loss": "NaN or inf",
+    "grad_norm_spike": "norm spike",
+    "loss_spike": "loss spike",
+    "amp_overflow": "AMP overflow",
+}
+_MARKS_AT_MOST = 200
+_LEGEND = alt.Legend(
+    title=None, orient="top", direction="horizontal", symbolStrokeWidth=2, labelLimit=400
+)
+
+
+def norms(frame: pd.DataFrame, events: pd.DataFrame) -> alt.LayerChart:
+    """Pre- and post-clip norm, the threshold, clipped steps and events over the steps."""
+    drawn = frame.rename(columns={"pre_norm": BEFORE, "post_norm": AFTER, "threshold": THRESHOLD})
+    kinds = [name for name in (BEFORE, AFTER, THRESHOLD) if drawn[name].notna().any()]
+    lines = drawn.melt("step", kinds, var_name="kind", value_name="norm")
+    lines.loc[~(lines["norm"] > 0), "norm"] = np.nan
+    marks = frame.loc[frame["clipped"], ["step", "pre_norm"]].rename(columns={"pre_norm": "norm"})
+    marks["kind"] = CLIPPED
+    shown = [*kinds, *([CLIPPED] if len(marks) else [])]
+    colour = alt.Color(
+        "kind:N",
+        legend=_LEGEND,
+        scale=alt.Scale(domain=shown, range=[_NORM_COLOURS[kind] for kind in shown]),
+    )
+    x = _step_axis(frame["step"])
+    y = alt.Y(
+        "norm:Q",
+        title="gradient norm (log scale)",
+        scale=alt.Scale(type="log", nice=False, padding=8),
+        axis=alt.Axis(format="~g", values=_log_ticks(lines["norm"])),
+    )
+    tips = [
+        alt.Tooltip("step:Q", format=","),
+        alt.Tooltip("kind:N"),
+        alt.Tooltip("norm:Q", format=".4g"),
+    ]
+    plotted = lines[lines["kind"] != THRESHOLD]
+    line = (
+        alt.Chart(plotted)
+        .mark_line(strokeWidth=1.2, clip=True)
+        .encode(x=x, y=y, color=colour, detail="kind:N", tooltip=tips)
+    )
+    points = (
+        alt.Chart(marks)
+        .mark_point(size=14, filled=True, opacity=0.55, clip=True)
+        .encode(x=x, y=y, color=colour, tooltip=tips)
+    )
+    threshold = (
+        alt.Chart(lines[lines["kind"] == THRESHOLD])
+        .mark_line(strokeDash=[6, 4], strokeWidth=1.6, interpolate="step-after", clip=True)
+        .encode(x=x, y=y, color=colour, tooltip=tips)
+    )
+    kinds_marked = ("nonfinite_gradient", "grad_norm_spike", "amp_overflow")
+    return _layered(_rules(events, kinds_marked, x), line, points, threshold, height=340)
+
+
+def clip_ratio(
+    frame: pd.DataFrame, window: int, band: tuple[float, float], last_step: int
+) -> alt.LayerChart:
+    """The share of clipped steps over a rolling window, against the band."""
+    ratio, inside = f"clipped of the last {window} steps", f"band {_percent(band)}"
+    x = _step_axis(pd.Series([0, last_step]))
+    scale = alt.Scale(domain=[ratio, inside], range=[_NORM_COLOURS[CLIPPED], "#bfe3c6"])
+    colour = alt.Color("kind:N", legend=_LEGEND, scale=scale)
+    y_axis = alt.Axis(format=".0%", tickCount=5)
+    area = pd.DataFrame(
+        {"step": [0], "to": [last_step], "low": [band[0]], "high": [band[1]], "kind": [inside]}
+    )
+    back = (
+        alt.Chart(area)
+        .mark_rect(opacity=0.6)
+        .encode(x=x, x2="to:Q", y=alt.Y("low:Q", title="clip ratio"), y2="high:Q", color=colour)
+    )
+    line = (
+        alt.Chart(frame.assign(kind=ratio))
+        .mark_line(strokeWidth=1.6)
+        .encode(
+            x=x,
+            y=alt.Y(
+                "clip_ratio:Q", title="clip ratio", axis=y_axis, scale=alt.Scale(domain=[0, 1])
+            ),
+            color=colour,
+            tooltip=[alt.Tooltip("step:Q", format=","), alt.Tooltip("clip_ratio:Q", format=".1%")],
+        )
+    )
+    return _layered(back, line, height=250)
+
+
+def loss(frame: pd.DataFrame, events: pd.DataFrame) -> alt.LayerChart:
+    """The loss over the steps, with its own events."""
+    x = _step_axis(frame["step"])
+    line = (
+        alt.Chart(frame)
+        .mark_line(strokeWidth=1.2, color=_NORM_COLOURS[AFTER], clip=True)
+        .encode(
+            x=x,
+            y=alt.Y("loss:Q", title="loss", axis=alt.Axis(format="~g"),
+                    scale=alt.Scale(zero=False, nice=True)),
+            tooltip=[alt.Tooltip("step:Q", format=","), alt.Tooltip("loss:Q", format=".4g")],
+        )
+    )  # fmt: skip
+    return _layered(_rules(events, ("nonfinite_loss", "loss_spike"), x), line, height=250)
+
+
+def what_if(
+    curve: pd.DataFrame, threshold: float, ratio: float, band: tuple[float, float]
+) -> alt.LayerChart:
+    """Clip ratio against threshold over the run's own norms, with the chosen one marked."""
+    x = alt.X(
+        "threshold:Q",
+        title="threshold (log scale)",
+        scale=alt.Scale(type="log", nice=False),
+        axis=alt.Axis(format="~g", values=_log_ticks(curve["threshold"])),
+    )
+    y = alt.Y(
+        "clip_ratio:Q", title="would have been clipped", axis=alt.Axis(format=".0%"),
+        scale=alt.Scale(domain=[0, 1]),
+    )  # fmt: skip
+    area = pd.DataFrame(
+        {
+            "threshold": [curve["threshold"].min()],
+            "to": [curve["threshold"].max()],
+            "low": [band[0]],
+            "clip_ratio": [band[1]],
+        }
+    )
+    back = (
+        alt.Chart(area)
+        .mark_rect(opacity=0.6, color="#bfe3c6")
+        .encode(x=x, x2="to:Q", y=y, y2="low:Q")
+    )
+    line = (
+        alt.Chart(curve)
+        .mark_line(strokeWidth=1.6, color=_NORM_COLOURS[AFTER])
+        .encode(
+            x=x,
+            y=y,
+            tooltip=[
+                alt.Tooltip("threshold:Q", format=".3g"),
+                alt.Tooltip("clip_ratio:Q", format=".1%"),
+            ],
+        )
+    )
+    chosen = pd.DataFrame({"threshold": [threshold], "clip_ratio": [ratio]})
+    point = alt.Chart(chosen).mark_point(size=90, filled=True, color="#e8833a").encode(x=x, y=y)
+    rule = alt.Chart(chosen).mark_rule(strokeDash=[4, 3], color="#e8833a").encode(x=x)
+    return _layered(back, line, rule, point, height=250)
+
+
+def _rules(events: pd.DataFrame, kinds: Sequence[str], x: alt.X) -> alt.Chart | None:
+    """A vertical line at each of the latest events of these kinds."""
+    marked = events[events["kind"].isin(kinds)].head(_MARKS_AT_MOST)
+    if marked.empty:
+        return None
+    marked = marked.assign(event=marked["kind"].map(_EVENT_NAMES))
+    names = [name for name in _EVENT_COLOURS if name in set(marked["event"])]
+    scale = alt.Scale(domain=names, range=[_EVENT_COLOURS[name] for name in names])
+    chart: alt.Chart = (
+        alt.Chart(marked[["step", "event", "message"]])
+        .mark_rule(strokeWidth=1.4, opacity=0.7)
+        .encode(
+            x=x,
+            stroke=alt.Stroke("event:N", legend=_LEGEND, scale=scale),
+            tooltip=[
+                alt.Tooltip("step:Q", format=","),
+                alt.Tooltip("event:N"),
+                alt.Tooltip("message:N"),
+            ],
+        )
+    )
+    return chart
+
+
+def _log_ticks(values: pd.Series[Any]) -> list[float]:
+    """1, 2 and 5 times the powers of ten within the values; only the powers where that is many."""
+    positive = values[values > 0]
+    if positive.empty:
+        return []
+    decades = range(
+        int(np.floor(np.log10(positive.min()))), int(np.ceil(np.log10(positive.max()))) + 1
+    )
+    steps = (1, 2, 5) if len(decades) <= 5 else (1,)
+    return [float(f"{step}e{decade}") for decade in decades for step in steps]
+
+
+def _step_axis(steps: pd.Series[Any]) -> alt.X:
+    low, high = (int(steps.min()), int(steps.max())) if len(steps) else (0, 1)
+    return alt.X(
+        "step:Q",
+        title="optimizer step",
+        scale=alt.Scale(domain=[low, max(high, low + 1)], nice=False),
+        axis=alt.Axis(format=",d", tickMinStep=1),
+    )
+
+
+def _layered(*layers: alt.Chart | None, height: int) -> alt.LayerChart:
+    return alt.LayerChart(layer=[layer for layer in layers if layer is not None], height=height)
+
+
+def _percent(band: tuple[float, float]) -> str:
+    return f"{100 * band[0]:.0f}–{100 * band[1]:.0f} %"

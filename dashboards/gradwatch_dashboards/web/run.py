@@ -1,0 +1,185 @@
+"""The run page: norms, clip ratio, loss, events, the recommendation and a what-if."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import streamlit as st
+
+from gradwatch.errors import RunNotFoundError
+from gradwatch_dashboards.web import charts
+from gradwatch_dashboards.web.source import badge, open_store, plain
+from gradwatch_monitor import Run, views
+from gradwatch_monitor.recommend import Recommendation, recommend_from
+
+if TYPE_CHECKING:
+    from gradwatch_monitor.store import Summary
+
+BAND = (0.10, 0.30)
+WINDOW = 100
+REFRESH_SECONDS = 2.0
+VERDICTS = {
+    "keep": "keep the threshold",
+    "change": "change the threshold",
+    "not_needed": "clipping is not needed",
+    "use_policy": "use a policy instead of a constant",
+    "fix_training": "fix the training first",
+    "not_enough_data": "not enough data yet",
+}
+
+store = open_store()
+
+
+def chosen() -> Run:
+    """The run that the address or the picker names; the latest where neither does."""
+    runs = store.runs(limit=200)
+    wanted = st.query_params.get("run")
+    current = runs[0]
+    if wanted is not None:
+        try:
+            current = store.run(wanted)
+        except RunNotFoundError as error:
+            st.warning(plain(str(error)))
+    if current.id not in {run.id for run in runs}:
+        runs.append(current)
+    picked = st.selectbox(
+        "Run",
+        runs,
+        index=next(i for i, run in enumerate(runs) if run.id == current.id),
+        format_func=lambda run: f"{run.name} (run {run.id})",
+        label_visibility="collapsed",
+        key=f"picker of {current.id}",
+    )
+    if picked.id != current.id:
+        st.query_params["run"] = str(picked.id)
+        st.rerun()
+    return current
+
+
+def heading(run: Run, summary: Summary) -> None:
+    """Who the run is, and its numbers."""
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.header(plain(run.name), anchor=False, width="content")
+        badge(run)
+    facts = [run.settings.get("optimizer"), run.settings.get("clip"), f"on {run.host}"]
+    facts += [f"{key}={value}" for key, value in run.tags.items()]
+    st.caption(plain(" · ".join(str(fact) for fact in facts if fact)))
+    ratio = summary.clip_ratio
+    values = {
+        "Steps": f"{summary.steps:,}",
+        "Clipped": "–" if ratio is None else f"{100 * ratio:.1f} %",
+        "NaN or inf": f"{summary.nonfinite:,}",
+        "Skipped": f"{summary.skipped:,}",
+        "AMP overflows": f"{summary.amp_overflows:,}",
+        "Last norm": number(summary.last_pre_norm),
+        "Last loss": number(summary.last_loss),
+        "Threshold": number(summary.last_threshold),
+    }
+    for column, (label, value) in zip(st.columns(len(values)), values.items(), strict=True):
+        column.metric(label, value)
+
+
+def advice(recommendation: Recommendation) -> None:
+    """The recommendation, its numbers and its reasons."""
+    with st.container(border=True):
+        st.markdown(f"#### Recommendation: {VERDICTS[recommendation.verdict]}")
+        st.markdown(f"**{plain(recommendation.sentence)}**")
+        st.markdown("\n".join(f"- {plain(reason)}" for reason in recommendation.reasons))
+        if recommendation.policy is not None:
+            st.code(f"clip=gradwatch.{recommendation.policy}", language="python")
+
+
+def slider(timeline: views.Timeline, recommended: float | None, current: float | None) -> None:
+    """What another threshold would have clipped of this run's own steps."""
+    st.subheader("What if", anchor=False)
+    curve = views.what_if_curve(timeline, include=(recommended, current))
+    if len(curve) < 2:
+        st.caption("There are no finite norms yet.")
+        return
+    options = curve["threshold"].tolist()
+    before = st.session_state.get("threshold", recommended or options[len(options) // 2])
+    nearest = min(options, key=lambda option: abs(math.log(option / before)))
+    threshold = st.select_slider(
+        "Threshold",
+        options,
+        value=nearest,
+        format_func=lambda option: f"{option:g}",
+        # New norms move the ends of the range: that is another slider, at the same place.
+        key=f"what if {options[0]} {options[-1]} {len(options)}",
+    )
+    st.session_state["threshold"] = threshold
+    ratio, steps = views.what_if(timeline, threshold)
+    st.markdown(
+        f"At **{threshold:g}**, **{100 * ratio:.1f} %** of {steps:,} steps would have been clipped."
+    )
+    st.altair_chart(charts.what_if(curve, threshold, ratio, BAND))
+    st.caption("Over this run's own norms. Clipping changes a run: check it again on the next one.")
+
+
+def page(run_id: int) -> None:
+    """Everything that moves while the run goes on."""
+    run = store.run(run_id)
+    if st.session_state.get("live") and not run.is_live():
+        st.session_state["live"] = False
+        st.rerun()
+    timeline = st.session_state.get("timeline")
+    if timeline is None or timeline.run_id != run_id:
+        timeline = st.session_state["timeline"] = views.Timeline(run_id)
+        st.session_state.pop("threshold", None)
+    timeline.refresh(store)
+    heading(run, store.summary(run_id))
+    for finding in store.findings(run_id):
+        show = st.error if finding.severity == "critical" else st.warning
+        show(plain(f"{finding.message} {finding.advice}"))
+    if not len(timeline):
+        st.info("This run has not stored a step yet.")
+        return
+    events = views.events_table(store, run_id)
+    recommendation = recommend_from(timeline.history(run))
+    last = int(timeline["step"][-1])
+
+    st.subheader("Gradient norm", anchor=False)
+    st.altair_chart(charts.norms(views.norms_chart(timeline), events))
+    left, right = st.columns(2)
+    with left:
+        st.subheader("Clip ratio", anchor=False)
+        ratios = views.clip_ratio(timeline, WINDOW)
+        if len(ratios):
+            st.altair_chart(charts.clip_ratio(ratios, WINDOW, BAND, last))
+        else:
+            st.caption(f"From {WINDOW} steps on.")
+    with right:
+        st.subheader("Loss", anchor=False)
+        losses = views.loss_chart(timeline)
+        if len(losses):
+            st.altair_chart(charts.loss(losses, events))
+        else:
+            st.caption("No loss was logged: gradwatch.Agent.of(optimizer).log(loss=loss)")
+    left, right = st.columns(2)
+    with left:
+        advice(recommendation)
+    with right:
+        slider(timeline, recommendation.threshold, recommendation.current_threshold)
+    st.subheader("Events", anchor=False)
+    if events.empty:
+        st.caption("None: no NaN, no spike, no overflow.")
+    else:
+        st.dataframe(
+            events.drop(columns=["rank"]),
+            hide_index=True,
+            column_config={
+                "time": st.column_config.DatetimeColumn("time (UTC)", format="YYYY-MM-DD HH:mm:ss"),
+                "message": st.column_config.TextColumn(width="large"),
+            },
+        )
+
+
+def number(value: float | None) -> str:
+    """Four digits, or a dash."""
+    return "–" if value is None else f"{value:.4g}"
+
+
+run = chosen()
+st.session_state["live"] = run.is_live()
+st.fragment(page, run_every=REFRESH_SECONDS if run.is_live() else None)(run.id)

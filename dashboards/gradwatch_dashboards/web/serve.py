@@ -1,0 +1,96 @@
+"""Starting the Streamlit server: on loopback, no browser, no e-mail prompt, no statistics."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.parse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gradwatch.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["command", "run"]
+
+_APP = Path(__file__).parent / "app.py"
+_START_SECONDS = 60.0
+_OPTIONS = {
+    "server.headless": "true",
+    "browser.gatherUsageStats": "false",
+    "server.fileWatcherType": "none",
+    "client.toolbarMode": "minimal",
+    "client.showErrorDetails": "type",
+}
+
+
+def command(address: str, port: int) -> list[str]:
+    """The command line of the server."""
+    options = {**_OPTIONS, "server.address": address, "server.port": str(port)}
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, "-m", "streamlit", "run", str(_APP), *flags]
+
+
+def run(
+    store: str,
+    *,
+    address: str = "127.0.0.1",
+    port: int = 8501,
+    run: str | None = None,
+    announce: Callable[[str], None],
+) -> int:
+    """Serve until Ctrl-C; `announce` is called with the page's URL once it answers.
+
+    Raises `ConfigurationError` where the port is taken.
+    """
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            msg = f"the dashboard cannot bind {address}:{port} ({error.strerror}): try --port"
+            raise ConfigurationError(msg) from None
+    host = f"[{address}]" if ":" in address else address
+    page = f"http://{host}:{port}/"
+    if run is not None:
+        page += f"run?run={urllib.parse.quote(run)}"
+    # The store's URL may hold a password: the environment is not seen by other users.
+    server = subprocess.Popen(  # noqa: S603 - our own command
+        command(address, port),
+        env={**os.environ, "GRADWATCH_STORE": store},
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        if _answers(server, address, port):
+            announce(page)
+        return server.wait()
+    except KeyboardInterrupt:
+        return 0
+    finally:
+        _stop(server)
+
+
+def _answers(server: subprocess.Popen[bytes], address: str, port: int) -> bool:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with socket.create_connection((address, port), timeout=1.0):
+                return True
+        except OSError:
+            time.sleep(0.1)
+    return False
+
+
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    if server.poll() is None:
+        server.send_signal(signal.SIGTERM)
+        try:
+            server.wait(timeout=5.0)
+        except subprocess.TimeoutExpired:
+            server.kill()

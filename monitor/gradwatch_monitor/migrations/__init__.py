@@ -1,0 +1,52 @@
+"""Bringing a store's schema up to this version's: Alembic, beside the agent that only creates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sqlalchemy as sa
+
+from gradwatch import schema
+from gradwatch.config import redact, resolve_store, sqlite_path
+from gradwatch.errors import StoreNotFoundError
+from gradwatch.sinks.sqlite import writing_engine
+
+if TYPE_CHECKING:
+    from alembic.config import Config
+
+__all__ = ["configuration", "migrate"]
+
+
+def configuration(connection: sa.Connection) -> Config:
+    """Alembic's configuration for a store that is connected."""
+    from alembic.config import Config  # noqa: PLC0415 - a heavy import for one verb
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent))
+    config.attributes["connection"] = connection
+    return config
+
+
+def migrate(url: str) -> tuple[str | None, str]:
+    """Bring the store's schema to this version's, in one transaction; the revisions before, after.
+
+    Raises `StoreNotFoundError` where there is no such file, `StoreError` where it is not a store.
+    """
+    from alembic import command  # noqa: PLC0415
+
+    url = resolve_store(url)
+    path = sqlite_path(url)
+    if path is not None and not path.exists():
+        msg = f"there is no store at {redact(url)}"
+        raise StoreNotFoundError(msg)
+    engine = sa.create_engine(url) if path is None else writing_engine(url, path)
+    try:
+        with engine.begin() as connection:
+            before = schema.revision(connection)
+            if before == schema.REVISION:
+                return before, before
+            command.upgrade(configuration(connection), "head")
+            return before, schema.revision(connection) or ""
+    finally:
+        engine.dispose()

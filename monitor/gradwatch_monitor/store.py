@@ -1,0 +1,380 @@
+"""The store, read: the only module that knows the database from the reader's side."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sqlite3
+import time
+import urllib.parse
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import sqlalchemy as sa
+from sqlalchemy.exc import SQLAlchemyError
+
+from gradwatch import schema
+from gradwatch.config import DEFAULT_STORE, redact, resolve_store, sqlite_path
+from gradwatch.errors import RunNotFoundError, StoreError, StoreNotFoundError
+from gradwatch.sinks.register import LIVE_SECONDS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+    import pandas as pd
+
+__all__ = ["STEP_COLUMNS", "Event", "Finding", "Run", "Store", "Summary", "status_of"]
+
+# The record's columns as `steps` returns them: absent values are NaN, flags are booleans.
+STEP_COLUMNS = tuple(
+    c.name for c in schema.step_records.columns if c.name not in {"run_id", "attempt"}
+)
+_FLAGS = {"clipped", "nonfinite", "nonfinite_loss", "skipped"}
+_steps = sa.table("steps", *(sa.column(c.name, c.type) for c in schema.step_records.columns))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """One row of `runs`: times in Unix seconds, `status` as the agent left it."""
+
+    id: int
+    uid: str
+    name: str
+    job: str
+    started_at: float
+    ended_at: float | None
+    heartbeat_at: float
+    status: str
+    host: str
+    pid: int
+    world_size: int
+    tags: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    metrics_url: str | None
+
+    def is_live(self, now: float | None = None) -> bool:
+        """Whether it runs and has shown a sign of life in the last minute."""
+        now = time.time() if now is None else now
+        return self.status == "running" and now - self.heartbeat_at < LIVE_SECONDS
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Event:
+    """One row of `events` on the visible timeline."""
+
+    id: int
+    step: int
+    time: float
+    rank: int | None
+    kind: str
+    severity: str
+    message: str
+    data: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Finding:
+    """One row of `findings`."""
+
+    finding: str
+    severity: str
+    first_step: int
+    last_step: int
+    found_at: float
+    ended_at: float | None
+    message: str
+    advice: str
+    data: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Summary:
+    """Counts over a run's visible timeline, and its last values (None where there is none)."""
+
+    steps: int
+    clipped: int
+    nonfinite: int
+    skipped: int
+    amp_overflows: int
+    last_step: int | None
+    last_time: float | None
+    last_loss: float | None
+    last_pre_norm: float | None
+    last_threshold: float | None
+
+    @property
+    def clip_ratio(self) -> float | None:
+        """Clipped steps over all steps; None before the first."""
+        return self.clipped / self.steps if self.steps else None
+
+
+class Store:
+    """A store opened to read. Nothing it does can hold up or change a running job.
+
+    Args:
+        url: an SQLAlchemy URL or an SQLite file's path.
+
+    Raises:
+        StoreNotFoundError: there is no such file.
+        StoreRevisionError: its schema is older or newer than this version's.
+        StoreError: it is something else, or cannot be reached.
+    """
+
+    def __init__(self, url: str = DEFAULT_STORE) -> None:
+        self._url = resolve_store(url)
+        path = sqlite_path(self._url)
+        if path is None:
+            self._engine = sa.create_engine(self._url)
+        else:
+            if not path.exists():
+                msg = (
+                    f"there is no store at {self.name}; a job that calls gradwatch.wrap makes it "
+                    "at its first step"
+                )
+                raise StoreNotFoundError(msg)
+            self._engine = _sqlite_reader(path)
+        with self._reading() as connection:
+            found = schema.revision(connection)
+            if found is None:
+                msg = f"{self.name} is a database, but not a gradwatch store"
+                raise StoreError(msg)
+            schema.check(found)
+
+    @property
+    def name(self) -> str:
+        """The URL without its secrets."""
+        return redact(self._url)
+
+    def runs(self, *, status: str | None = None, limit: int | None = None) -> list[Run]:
+        """All runs, the latest first; only those of a `status`, at most `limit`."""
+        query = sa.select(schema.runs).order_by(schema.runs.c.id.desc()).limit(limit)
+        if status is not None:
+            query = query.where(schema.runs.c.status == status)
+        with self._reading() as connection:
+            return [Run(**row._mapping) for row in connection.execute(query)]
+
+    def run(self, key: int | str) -> Run:
+        """The run of that name (the latest), uid or id.
+
+        Raises `RunNotFoundError`, saying which runs there are.
+        """
+        runs = schema.runs
+        tests: list[sa.ColumnElement[bool]] = []
+        if isinstance(key, str):
+            tests += [runs.c.name == key, runs.c.uid == key]
+        if isinstance(key, int) or key.isdecimal():
+            tests.append(runs.c.id == int(key))
+        with self._reading() as connection:
+            for test in tests:
+                query = sa.select(runs).where(test).order_by(runs.c.id.desc()).limit(1)
+                row = connection.execute(query).one_or_none()
+                if row is not None:
+                    return Run(**row._mapping)
+            names = connection.execute(
+                sa.select(runs.c.name).order_by(runs.c.id.desc()).limit(5)
+            ).scalars()
+            latest = ", ".join(names) or "none yet"
+        msg = f"no run {key!r} in {self.name}; the latest are: {latest}"
+        raise RunNotFoundError(msg)
+
+    def steps(self, run_id: int, start: int | None = None, stop: int | None = None) -> pd.DataFrame:
+        """The visible timeline as a frame, by step: steps in [start, stop), the record's columns."""
+        import pandas as pd  # noqa: PLC0415 - only who asks for a frame needs it
+
+        return pd.DataFrame(self.columns(run_id, STEP_COLUMNS, start, stop))
+
+    def columns(
+        self,
+        run_id: int,
+        names: Sequence[str],
+        start: int | None = None,
+        stop: int | None = None,
+    ) -> dict[str, np.ndarray[Any, Any]]:
+        """The same as numpy arrays, only the columns asked for."""
+        query = (
+            sa.select(*(_steps.c[name] for name in names))
+            .where(_steps.c.run_id == run_id)
+            .order_by(_steps.c.step)
+        )
+        if start is not None:
+            query = query.where(_steps.c.step >= start)
+        if stop is not None:
+            query = query.where(_steps.c.step < stop)
+        with self._reading() as connection:
+            sql = query.compile(connection, compile_kwargs={"literal_binds": True})
+            rows = connection.exec_driver_sql(str(sql)).fetchall()
+        values = list(zip(*rows, strict=True)) if rows else [()] * len(names)
+        return {
+            name: np.array(column, dtype=_dtype(name))
+            for name, column in zip(names, values, strict=True)
+        }
+
+    def summary(self, run_id: int) -> Summary:
+        """Counts and last values of a run."""
+        s = _steps.c
+        overflow = sa.and_(s.skipped, sa.not_(s.nonfinite), s.pre_norm.is_(None))
+        with self._reading() as connection:
+            counts = connection.execute(
+                sa.select(
+                    sa.func.count(),
+                    _count(s.clipped),
+                    _count(s.nonfinite),
+                    _count(s.skipped),
+                    _count(sa.and_(overflow, s.loss_scale.is_not(None))),
+                    sa.func.max(s.step),
+                ).where(s.run_id == run_id)
+            ).one()
+            last = {
+                name: connection.execute(
+                    sa.select(s[name])
+                    .where(s.run_id == run_id, s[name].is_not(None))
+                    .order_by(s.step.desc())
+                    .limit(1)
+                ).scalar()
+                for name in ("time", "loss", "pre_norm", "threshold")
+            }
+        steps, clipped, nonfinite, skipped, overflows, last_step = counts
+        return Summary(
+            steps=steps,
+            clipped=clipped,
+            nonfinite=nonfinite,
+            skipped=skipped,
+            amp_overflows=overflows,
+            last_step=last_step,
+            last_time=last["time"],
+            last_loss=last["loss"],
+            last_pre_norm=last["pre_norm"],
+            last_threshold=last["threshold"],
+        )
+
+    def last_step(self, run_id: int) -> int | None:
+        """The greatest step of the visible timeline; None before the first."""
+        query = sa.select(sa.func.max(_steps.c.step)).where(_steps.c.run_id == run_id)
+        with self._reading() as connection:
+            return connection.execute(query).scalar()
+
+    def attempts(self, run_id: int) -> int:
+        """How many attempts the run has had."""
+        attempts = schema.attempts.c
+        query = sa.select(sa.func.count()).where(attempts.run_id == run_id)
+        with self._reading() as connection:
+            return int(connection.execute(query).scalar_one())
+
+    def events(
+        self, run_id: int, *, kind: str | None = None, limit: int | None = None
+    ) -> list[Event]:
+        """Events of the visible timeline, the latest first."""
+        e, a = schema.events.c, schema.attempts
+        later = a.alias()
+        hidden = (
+            sa.select(later.c.attempt)
+            .where(
+                later.c.run_id == e.run_id,
+                later.c.attempt > e.attempt,
+                later.c.start_step <= e.step,
+            )
+            .exists()
+        )
+        names = [field.name for field in dataclasses.fields(Event)]
+        query = (
+            sa.select(*(e[name] for name in names))
+            .where(e.run_id == run_id, ~hidden)
+            .order_by(e.step.desc(), e.id.desc())
+            .limit(limit)
+        )
+        if kind is not None:
+            query = query.where(e.kind == kind)
+        with self._reading() as connection:
+            return [Event(**row._mapping) for row in connection.execute(query)]
+
+    def findings(self, run_id: int) -> list[Finding]:
+        """What was concluded about a run, the gravest first."""
+        f = schema.findings.c
+        names = [field.name for field in dataclasses.fields(Finding)]
+        gravity = sa.case({"critical": 0, "warning": 1}, value=f.severity, else_=2)
+        query = (
+            sa.select(*(f[name] for name in names))
+            .where(f.run_id == run_id)
+            .order_by(gravity, f.first_step)
+        )
+        with self._reading() as connection:
+            return [Finding(**row._mapping) for row in connection.execute(query)]
+
+    def close(self) -> None:
+        """Let the connections go."""
+        self._engine.dispose()
+
+    def __enter__(self) -> Self:
+        """Use the store as a context."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close it."""
+        self.close()
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sa.Connection]:
+        """One consistent view of the database; what goes wrong becomes a `StoreError`."""
+        try:
+            with self._engine.connect() as connection:
+                yield connection
+        except (SQLAlchemyError, sqlite3.Error, ImportError) as error:
+            cause = getattr(error, "orig", None) or error
+            reason = str(cause).strip().splitlines() or [type(cause).__name__]
+            msg = f"cannot read the store {self.name}: {reason[0]}"
+            raise StoreError(msg) from error
+        except StoreError as error:
+            if self.name in str(error):
+                raise
+            msg = f"cannot read the store {self.name}: {error}"
+            raise type(error)(msg) from None
+
+
+def status_of(run: Run) -> str:
+    """The run's status; "silent" where it says it runs and gives no sign of life."""
+    return "silent" if run.status == "running" and not run.is_live() else run.status
+
+
+def _sqlite_reader(path: Path) -> sa.Engine:
+    """An engine whose connections can only read, and see one moment per transaction."""
+
+    def connect() -> sqlite3.Connection:
+        address = f"file:{urllib.parse.quote(str(path))}?mode=ro"
+        has_wal = path.with_name(path.name + "-wal").exists()
+        if not has_wal and not os.access(path.parent, os.W_OK):
+            # Nobody writes here, and the index of a WAL could not be made: read it as it lies.
+            address += "&immutable=1"
+        connection = sqlite3.connect(
+            address, uri=True, timeout=5.0, check_same_thread=False, isolation_level=None
+        )
+        connection.execute("PRAGMA query_only=1")
+        return connection
+
+    engine = sa.create_engine(
+        "sqlite://", creator=connect, poolclass=sa.pool.NullPool, json_deserializer=json.loads
+    )
+
+    @sa.event.listens_for(engine, "begin")
+    def _begin(connection: sa.Connection) -> None:
+        connection.exec_driver_sql("BEGIN")
+
+    return engine
+
+
+def _count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
+    return sa.func.coalesce(sa.func.sum(sa.case((condition, 1), else_=0)), 0)
+
+
+def _dtype(name: str) -> type:
+    if name == "step":
+        return np.int64
+    return np.bool_ if name in _FLAGS else np.float64

@@ -1,0 +1,197 @@
+"""What pages show, as frames and numbers: no page, no chart, no store writing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from tsdownsample import MinMaxLTTBDownsampler
+
+from gradwatch_monitor.recommend import History
+from gradwatch_monitor.store import STEP_COLUMNS, status_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradwatch_monitor.store import Run, Store
+
+__all__ = [
+    "Timeline",
+    "clip_ratio",
+    "events_table",
+    "norms_chart",
+    "runs_table",
+    "thin",
+    "what_if",
+    "what_if_curve",
+]
+
+MARKED = ("nonfinite_gradient", "nonfinite_loss", "grad_norm_spike", "loss_spike", "amp_overflow")
+
+
+class Timeline:
+    """A run's visible steps, kept up to date by reading only what is new.
+
+    Start from nothing again when an attempt began: it may have hidden steps that were read.
+    """
+
+    def __init__(self, run_id: int) -> None:
+        self.run_id = run_id
+        self._attempts = -1
+        self._columns: dict[str, np.ndarray[Any, Any]] = {}
+
+    def refresh(self, store: Store) -> None:
+        """Read the steps that have come since."""
+        attempts = store.attempts(self.run_id)
+        if attempts != self._attempts:
+            self._attempts = attempts
+            self._columns = store.columns(self.run_id, STEP_COLUMNS)
+            return
+        known = self._columns["step"]
+        start = int(known[-1]) + 1 if len(known) else None
+        new = store.columns(self.run_id, STEP_COLUMNS, start)
+        if len(new["step"]):
+            self._columns = {
+                name: np.concatenate([column, new[name]]) for name, column in self._columns.items()
+            }
+
+    def __len__(self) -> int:
+        """How many steps there are."""
+        return len(self._columns["step"])
+
+    def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
+        """A column of the record, by step."""
+        return self._columns[name]
+
+    def history(self, run: Run) -> History:
+        """What the recommendation looks at."""
+        return History(
+            self["pre_norm"],
+            self["threshold"],
+            self["clipped"],
+            self["nonfinite"],
+            optimizer=str(run.settings.get("optimizer", "")),
+            policy=", ".join(p["policy"] for p in run.settings.get("policies", [])),
+        )
+
+
+def thin(y: np.ndarray[Any, Any], points: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Positions of about `points` values that draw the same line.
+
+    MinMaxLTTB (Van Der Donckt et al. 2023, arXiv 2305.00332) over the finite values: extremes are
+    kept. A stretch without any that is wide enough to be seen stays a gap.
+    """
+    if len(y) <= points:
+        return np.arange(len(y))
+    finite = np.flatnonzero(np.isfinite(y))
+    if len(finite) <= points:
+        chosen = finite
+    else:
+        downsampler = MinMaxLTTBDownsampler()
+        kept = downsampler.downsample(np.ascontiguousarray(y[finite]), n_out=points)
+        chosen = finite[np.asarray(kept, dtype=np.int64)]
+    wide = np.flatnonzero(np.diff(finite) > len(y) / points)
+    return np.union1d(chosen, finite[wide] + 1)
+
+
+def norms_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
+    """Step, pre_norm, post_norm, threshold, clipped, time: thinned, for a log axis.
+
+    A norm of 0 has no place on a log axis and is left out, as are non-finite ones.
+    """
+    pre = timeline["pre_norm"]
+    drawable = np.where(pre > 0, pre, np.nan)
+    keep = thin(np.log(drawable), points)
+    names = ("step", "time", "pre_norm", "post_norm", "threshold", "clipped", "skipped")
+    frame = pd.DataFrame({name: timeline[name][keep] for name in names})
+    frame["pre_norm"] = drawable[keep]
+    return frame
+
+
+def clip_ratio(timeline: Timeline, window: int, points: int = 1500) -> pd.DataFrame:
+    """Step and clip_ratio: the share of clipped steps among the last `window`, once that many."""
+    clipped = timeline["clipped"].astype(np.float64)
+    total = np.concatenate([[0.0], np.cumsum(clipped)])
+    if len(clipped) < window:
+        return pd.DataFrame({"step": np.empty(0, np.int64), "clip_ratio": np.empty(0)})
+    ratio = (total[window:] - total[:-window]) / window
+    keep = thin(ratio, points)
+    return pd.DataFrame({"step": timeline["step"][window - 1 :][keep], "clip_ratio": ratio[keep]})
+
+
+def loss_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
+    """Step and loss, thinned; empty where no loss was logged."""
+    loss = timeline["loss"]
+    if not np.isfinite(loss).any():
+        return pd.DataFrame({"step": np.empty(0, np.int64), "loss": np.empty(0)})
+    keep = thin(loss, points)
+    return pd.DataFrame({"step": timeline["step"][keep], "loss": loss[keep]})
+
+
+def what_if(timeline: Timeline, threshold: float) -> tuple[float, int]:
+    """The share of the finite norms above a threshold, and how many finite norms there are."""
+    norms = timeline["pre_norm"]
+    finite = norms[np.isfinite(norms)]
+    return (float((finite > threshold).mean()) if len(finite) else 0.0), len(finite)
+
+
+def what_if_curve(
+    timeline: Timeline, points: int = 200, include: Sequence[float | None] = ()
+) -> pd.DataFrame:
+    """Threshold and clip_ratio over the range of the norms, evenly spaced on a log axis.
+
+    `include` are thresholds that are to be among them, where they are within the range.
+    """
+    norms = timeline["pre_norm"]
+    norms = np.sort(norms[np.isfinite(norms) & (norms > 0)])
+    if not len(norms):
+        return pd.DataFrame({"threshold": np.empty(0), "clip_ratio": np.empty(0)})
+    grid = np.geomspace(norms[0] * 0.9, norms[-1] * 1.1, points)
+    extra = [value for value in include if value and grid[0] <= value <= grid[-1]]
+    grid = np.unique([*(float(f"{value:.3g}") for value in grid), *extra])
+    above = len(norms) - np.searchsorted(norms, grid, side="right")
+    finite = int(np.isfinite(timeline["pre_norm"]).sum())
+    return pd.DataFrame({"threshold": grid, "clip_ratio": above / finite})
+
+
+def events_table(store: Store, run_id: int, limit: int = 500) -> pd.DataFrame:
+    """The latest events: step, time (UTC), kind, severity, message, parameters, origin, rank."""
+    rows = [
+        {
+            "step": event.step,
+            "time": pd.Timestamp(event.time, unit="s", tz="UTC"),
+            "kind": event.kind,
+            "severity": event.severity,
+            "message": event.message,
+            "parameters": ", ".join(event.data.get("parameters") or ()),
+            "origin": event.data.get("origin") or "",
+            "rank": event.rank,
+        }
+        for event in store.events(run_id, limit=limit)
+    ]
+    names = ["step", "time", "kind", "severity", "message", "parameters", "origin", "rank"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def runs_table(store: Store, limit: int = 200) -> pd.DataFrame:
+    """The latest runs, one a row, with how far each has come."""
+    rows = []
+    for run in store.runs(limit=limit):
+        last = store.last_step(run.id)
+        rows.append(
+            {
+                "id": run.id,
+                "name": run.name,
+                "status": status_of(run),
+                "steps": 0 if last is None else last + 1,
+                "optimizer": run.settings.get("optimizer", ""),
+                "clip": run.settings.get("clip", ""),
+                "started": pd.Timestamp(run.started_at, unit="s", tz="UTC"),
+                "host": run.host,
+                "job": run.job,
+                "tags": ", ".join(f"{key}={value}" for key, value in run.tags.items()),
+            }
+        )
+    names = ["id", "name", "status", "steps", "optimizer", "clip", "started", "host", "job", "tags"]
+    return pd.DataFrame(rows, columns=names)
