@@ -7,6 +7,7 @@ the default written here.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,7 +21,8 @@ from gradwatch.errors import ConfigurationError
 __all__ = ["DEFAULT_STORE", "Settings", "redact", "resolve_store", "sqlite_path"]
 
 DEFAULT_STORE = "sqlite:///gradwatch.db"
-_SECRET_WORDS = ("password", "passwd", "pwd", "secret", "token", "key")
+# SQLAlchemy hides user:password@, but not what a driver takes in the query.
+_SECRET = re.compile(r"(?i)([a-z_]*(?:password|passwd|pwd|secret|token))=[^&\s]+")
 
 
 class Settings(BaseSettings):
@@ -179,11 +181,8 @@ def sqlite_path(url: str) -> Path | None:
 def redact(url: str) -> str:
     """The URL without its secrets, wherever they stand: fit for a log, an error or a page."""
     try:
-        parsed = make_url(url)
+        shown = make_url(url).render_as_string(hide_password=True)
     except (ArgumentError, ValueError):
         scheme, separator, rest = url.partition("://")
-        return f"{scheme}{separator}***" if separator and rest else url
-    hidden = {
-        name: "***" for name in parsed.query if any(word in name.lower() for word in _SECRET_WORDS)
-    }
-    return parsed.update_query_dict(hidden).render_as_string(hide_password=True)
+        shown = f"{scheme}{separator}***" if separator and rest else url
+    return _SECRET.sub(r"\1=***", shown)

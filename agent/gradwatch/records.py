@@ -20,6 +20,7 @@ __all__ = [
     "Event",
     "Finding",
     "Keep",
+    "LayerNorms",
     "Measurement",
     "RunInfo",
     "RunStatus",

@@ -13,7 +13,7 @@ from gradwatch.records import Batch, Event, Finding, LayerNorms, RunInfo, RunSta
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["ManualClock", "MemorySink"]
+__all__ = ["ManualClock", "MemorySink", "run_info"]
 
 
 class MemorySink:
@@ -87,6 +87,27 @@ class MemorySink:
         """All layer-norm samples so far."""
         with self._lock:
             return [sample for batch in self._batches for sample in batch.layers]
+
+
+def run_info(**fields: Any) -> RunInfo:
+    """A run with harmless values, to try a sink of your own with; `fields` replaces some."""
+    values: dict[str, Any] = {
+        "uid": "test-run",
+        "uid_source": "fresh",
+        "name": "test",
+        "job": "test-job",
+        "ring": "test-ring",
+        "host": "localhost",
+        "pid": 1,
+        "rank": 0,
+        "world_size": 1,
+        "started_at": 1_700_000_000.0,
+        "start_step": 0,
+        "metrics_url": None,
+        "tags": {},
+        "settings": {},
+    }
+    return RunInfo(**{**values, **fields})
 
 
 class ManualClock:

@@ -20,6 +20,7 @@ __all__ = [
     "Timeline",
     "clip_ratio",
     "events_table",
+    "loss_chart",
     "norms_chart",
     "runs_table",
     "thin",

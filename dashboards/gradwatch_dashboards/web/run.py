@@ -166,11 +166,12 @@ def page(run_id: int) -> None:
         st.caption("None: no NaN, no spike, no overflow.")
     else:
         st.dataframe(
-            events.drop(columns=["rank"]),
+            events,
             hide_index=True,
+            column_order=["step", "time", "kind", "severity", "origin", "message", "parameters"],
             column_config={
                 "time": st.column_config.DatetimeColumn("time (UTC)", format="YYYY-MM-DD HH:mm:ss"),
-                "message": st.column_config.TextColumn(width="large"),
+                "message": st.column_config.TextColumn(width=640),
             },
         )
 

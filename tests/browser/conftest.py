@@ -1,0 +1,88 @@
+"""A real Chromium, and the dashboard served over a store of the test's own."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import sync_playwright
+
+ARTEFACTS = Path(__file__).parents[2] / "artefacts"
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """The system's browser; skips where there is none, naming what to install."""
+    path = shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        message = "chromium is not installed: apt-get install chromium"
+        if os.environ.get("GRADWATCH_TEST_SERVERS") == "required":
+            pytest.fail(message)
+        pytest.skip(message)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium):
+    """A page that remembers what went wrong in it."""
+    context = chromium.new_context(viewport={"width": 1400, "height": 1000})
+    page = context.new_page()
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    yield page
+    context.close()
+
+
+@pytest.fixture
+def serve():
+    """Start `gradwatch ui` on a store; gives the page's address."""
+    with contextlib.ExitStack() as stack:
+
+        def start(store="gradwatch.db"):
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = probe.getsockname()[1]
+            program = Path(sys.executable).parent / "gradwatch"
+            home = Path("home")
+            home.mkdir(exist_ok=True)  # a fresh one: nothing may be asked
+            process = subprocess.Popen(
+                [program, "ui", "--store", store, "--port", str(port)],
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                env={**os.environ, "HOME": str(home.absolute())},
+            )  # fmt: skip
+            stack.callback(process.stdout.close)
+            stack.callback(process.wait)
+            stack.callback(process.terminate)
+            deadline = time.monotonic() + 60
+            while True:
+                with contextlib.suppress(OSError):
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2).close()
+                    break
+                assert process.poll() is None, process.stdout.read().decode()
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            start.process, start.port = process, port
+            return f"http://127.0.0.1:{port}"
+
+        yield start
+
+
+@pytest.fixture
+def screenshot(request):
+    """Keep a picture of the page as an artefact."""
+
+    def keep(page, name):
+        ARTEFACTS.mkdir(exist_ok=True)
+        page.screenshot(path=ARTEFACTS / f"{name}.png", full_page=True)
+
+    return keep

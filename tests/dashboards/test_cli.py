@@ -1,0 +1,218 @@
+"""The command line: every verb, its JSON, its exit status, and errors of one line."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stores import lognormal, write_run
+from typer.testing import CliRunner
+
+from gradwatch_dashboards import cli
+from gradwatch_monitor import Store, recommend
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line as the console script does: status, output, errors."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gradwatch", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_runs(run):
+    """A table for people, the same as JSON for programs."""
+    write_run(run="one", steps=7, tags={"lr": 3})
+    write_run(run="two", steps=5)
+    status, text, _ = run("runs")
+    assert status == 0
+    assert text.index("two") < text.index("one")
+    status, text, _ = run("runs", "--json", "--limit", "1")
+    (row,) = json.loads(text)
+    assert (row["name"], row["steps"], row["status"], row["live"]) == ("two", 5, "finished", False)
+
+
+def test_show_equals_sql(run):
+    """The counts of `show --json` are those of SQL."""
+    write_run(nan_at=(299,))
+    status, text, _ = run("show", "first", "--json")
+    shown = json.loads(text)
+    with sqlite3.connect("gradwatch.db") as connection:
+        steps, clipped, nonfinite = connection.execute(
+            "SELECT count(*), sum(clipped), sum(nonfinite) FROM steps"
+        ).fetchone()
+    assert status == 0
+    assert (shown["steps"], shown["clipped"], shown["nonfinite"]) == (steps, clipped, nonfinite)
+    assert shown["clip_ratio"] == clipped / steps
+    assert shown["events"][0]["data"]["parameters"] == {"2.weight": "nan"}
+    status, text, _ = run("show", "first")
+    assert f"{clipped:,} ({100 * clipped / steps:.1f} %)" in text
+    assert "it entered at 2.weight" in text
+
+
+def test_recommend_is_the_librarys(run):
+    """The same answer as from Python, and the line to copy."""
+    write_run(norms=lognormal(500, middle=5.0))
+    with Store("gradwatch.db") as store:
+        expected = recommend(store, 1)
+    status, text, _ = run("recommend", "first", "--json")
+    answer = json.loads(text)
+    assert status == 0
+    assert answer["threshold"] == expected.threshold
+    assert answer["verdict"] == expected.verdict
+    assert answer["interval"] == list(expected.interval)
+    assert answer["sentence"] == expected.sentence
+    status, text, _ = run("recommend", "first")
+    assert expected.sentence in text
+    assert f"clip=gradwatch.ClipNorm({expected.threshold})" in text
+
+
+def test_the_store_comes_from_the_option_or_the_environment(run, monkeypatch):
+    """`--store` before GRADWATCH_STORE before the file here."""
+    write_run("a.db", run="in-a", steps=2)
+    write_run("b.db", run="in-b", steps=2)
+    monkeypatch.setenv("GRADWATCH_STORE", "a.db")
+    assert "in-a" in run("runs")[1]
+    assert "in-b" in run("runs", "--store", "sqlite:///b.db")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (("show", "nix"), 1, "no run 'nix'.*the latest are: first"),
+        (("recommend", "nix", "--json"), 1, "no run 'nix'"),
+        (("runs", "--store", "nix.db"), 1, "no store at .*nix.db"),
+        (("runs", "--store", "mysql://me:secret@h/d"), 2, "SQLite or PostgreSQL"),
+        (("recommend", "first", "--target", "0.9"), 2, "target=0.9"),
+    ],
+)
+def test_errors_are_one_line_with_a_status(run, arguments, status, words):
+    """1 for what is not there, 2 for what cannot be meant; no traceback, no secret."""
+    write_run(steps=2)
+    code, out, err = run(*arguments)
+    assert code == status
+    assert out == ""
+    assert re.fullmatch(rf"gradwatch: [^\n]*{words}[^\n]*\n", err)
+    assert "secret" not in err
+
+
+@pytest.mark.parametrize("arguments", [("show",), ("runs", "--limit", "x"), ("nonsense",)])
+def test_wrong_usage_is_status_2(run, arguments):
+    """As every command line has it."""
+    assert run(*arguments)[0] == 2
+
+
+def test_doctor(run, monkeypatch):
+    """Fine here; a misspelt setting, a store that is none and a taken port are told."""
+    write_run(steps=2)
+    status, text, _ = run("doctor", "--json")
+    checks = {check["subject"]: check for check in json.loads(text)}
+    assert status == 0
+    assert checks["store"]["detail"].endswith("1 run")
+    assert {check["status"] for check in checks.values()} <= {"ok", "note"}
+
+    monkeypatch.setenv("GRADWATCH_METRIC_PORT", "1")
+    Path("gradwatch.db").write_text("no database " * 999)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        monkeypatch.setenv("GRADWATCH_METRICS_PORT", str(taken.getsockname()[1]))
+        status, text, _ = run("doctor", "--json")
+    checks = {check["subject"]: check for check in json.loads(text)}
+    assert status == 1
+    assert checks["GRADWATCH_METRIC_PORT"]["status"] == "problem"
+    assert checks["store"]["status"] == "problem"
+    assert "in use" in checks["metrics"]["detail"]
+    assert run("doctor")[0] == 1
+
+
+def test_doctor_says_that_a_store_is_not_there_yet(run):
+    """Nothing is wrong before the first job."""
+    status, text, _ = run("doctor", "--json")
+    assert status == 0
+    assert any("the first job makes it" in check["detail"] for check in json.loads(text))
+
+
+def test_migrate(run):
+    """An empty database becomes a store; a second time there is nothing to do."""
+    sqlite3.connect("gradwatch.db").close()
+    assert json.loads(run("store", "migrate", "--json")[1]) == {"before": None, "after": "0001"}
+    assert "already" in run("store", "migrate")[1]
+
+
+def test_a_missing_extra_is_named(run, monkeypatch):
+    """`gradwatch ui` without streamlit says what to install."""
+    from importlib.util import find_spec
+
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: None if name == "streamlit" else find_spec(name)
+    )
+    status, _, err = run("ui")
+    assert status == 2
+    assert "pip install 'gradwatch[monitor]'" in err
+
+
+def test_every_verb_prints_json():
+    """Each has --json, and says what it does."""
+    for command in [*cli.app.registered_commands, *cli.store_app.registered_commands]:
+        path = [command.callback.__name__]
+        if command in cli.store_app.registered_commands:
+            path.insert(0, "store")
+        result = CliRunner().invoke(cli.app, [*path, "--help"])
+        assert result.exit_code == 0
+        assert "--json" in result.output
+        assert command.callback.__doc__
+
+
+def gradwatch(*arguments, **options):
+    return subprocess.run(
+        [shutil.which("gradwatch", path=str(Path(sys.executable).parent)), *arguments],
+        capture_output=True, text=True, timeout=200, check=False, **options,
+    )  # fmt: skip
+
+
+def test_demo_trains_records_and_recommends():
+    """The real verb: a store, a metrics URL, and a sentence with its numbers."""
+    result = gradwatch("demo", "--no-ui", "--epochs", "4", "--json", "--store", "demo.db")
+    assert result.returncode == 0, result.stderr
+    answer = json.loads(result.stdout)
+    assert answer["metrics_url"].startswith("http://127.0.0.1:")
+    with Store("demo.db") as store:
+        run = store.run(answer["run"])
+        summary = store.summary(run.id)
+        kinds = {event.kind for event in store.events(run.id)}
+    assert run.status == "finished"
+    assert summary.steps == 4 * 45
+    assert summary.nonfinite == 1
+    assert {"nonfinite_gradient", "nonfinite_loss"} <= kinds
+    assert answer["recommendation"]["sentence"].startswith("clipped ")
+
+    shown = gradwatch("demo", "--no-ui", "--epochs", "1", "--store", "demo.db")
+    assert shown.returncode == 0
+    for word in ("Store", "demo.db", "Metrics", "http://127.0.0.1:", "Verdict", "clipped"):
+        assert word in shown.stdout
+
+
+def test_output_into_a_pipe_that_closes():
+    """`gradwatch runs | head -1` ends without a traceback."""
+    for i in range(3):
+        write_run(run=f"run-{i}", steps=1)
+    program = shutil.which("gradwatch", path=str(Path(sys.executable).parent))
+    result = subprocess.run(
+        f"{program} runs --json | head -c 1", shell=True, capture_output=True, text=True,
+        check=False, env=os.environ,
+    )  # fmt: skip
+    assert result.stdout == "["
+    assert "Traceback" not in result.stderr

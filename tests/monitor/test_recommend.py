@@ -1,0 +1,163 @@
+"""Recommendations: the numbers against numpy, each verdict from a history that calls for it."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from stores import lognormal, write_run
+
+from gradwatch import ClipNorm, ConfigurationError, ObserveOnly, TargetRatio
+from gradwatch_monitor import Store, recommend
+from gradwatch_monitor.recommend import AT_LEAST, History, recommend_from
+
+
+def history(norms, threshold=1.0, **facts):
+    norms = np.asarray(norms, dtype=float)
+    thresholds = np.full(len(norms), math.nan if threshold is None else threshold)
+    clipped = norms > thresholds
+    return History(norms, thresholds, clipped, ~np.isfinite(norms), **facts)
+
+
+def test_the_numbers_are_those_of_numpy():
+    """Threshold, predicted and current ratio over the run's own norms, from a real store."""
+    norms = lognormal(600, middle=2.0)
+    write_run(norms=norms)
+    with Store("gradwatch.db") as store:
+        result = recommend(store, store.run("first").id)
+        frame = store.steps(1)
+    low, high = np.quantile(norms, [0.75, 0.85])
+    assert result.threshold == pytest.approx(math.sqrt(low * high), rel=5e-3)
+    assert result.predicted_clip_ratio == pytest.approx((frame.pre_norm > result.threshold).mean())
+    assert abs(result.predicted_clip_ratio - 0.20) < 0.02
+    assert result.current_clip_ratio == frame.clipped.mean()
+    assert result.current_threshold == 1.0
+    assert result.steps == 600
+    assert result.interval[0] < result.predicted_clip_ratio < result.interval[1]
+
+
+@pytest.mark.parametrize("target", [0.12, 0.20, 0.28])
+def test_the_target_is_what_is_clipped(target):
+    """Another share of the steps, another constant."""
+    result = recommend_from(history(lognormal(2000)), target=target)
+    assert result.predicted_clip_ratio == pytest.approx(target, abs=0.02)
+
+
+def test_change_outside_the_band():
+    """Everything clipped at 1.0, steadily: the constant that clips a fifth."""
+    result = recommend_from(history(lognormal(1000, middle=9.0), optimizer="SGD"))
+    assert result.verdict == "change"
+    assert result.policy == ClipNorm(result.threshold)
+    assert result.sentence.startswith("clipped 100 % of steps at 1; ")
+    share = f"{100 * result.predicted_clip_ratio:.0f} %"
+    assert f"{result.threshold:g} would have clipped {share}" in result.sentence
+    assert any("cap on the learning rate" in reason for reason in result.reasons)
+    assert any("provisional" in reason for reason in result.reasons)
+
+
+def test_adam_is_told_something_else_than_sgd():
+    """Under Adam a constant scale caps no learning rate."""
+    result = recommend_from(history(lognormal(1000, middle=4.0), optimizer="AdamW"))
+    assert not any("learning rate" in reason for reason in result.reasons)
+    assert any("rescales every parameter" in reason for reason in result.reasons)
+
+
+def test_keep_inside_the_band():
+    """A threshold that clips a fifth is left as it is."""
+    norms = lognormal(1000)
+    result = recommend_from(history(norms, threshold=float(np.quantile(norms, 0.8))))
+    assert (result.verdict, result.policy) == ("keep", None)
+
+
+@pytest.mark.parametrize("threshold", [1000.0, None])
+def test_a_healthy_run_needs_no_clipping(threshold):
+    """Clipped rarely, or watched only, and no spikes: nothing is wrong, and that is said."""
+    result = recommend_from(history(lognormal(1000, spread=0.2), threshold=threshold))
+    assert (result.verdict, result.policy) == ("not_needed", None)
+    assert result.threshold is not None
+    assert any("nothing is wrong" in reason for reason in result.reasons)
+
+
+def test_drifting_norms_need_a_policy():
+    """No constant stays in the band: a controller with a cap is named."""
+    drift = np.linspace(0.45, -0.45, 2000)
+    result = recommend_from(history(lognormal(2000, middle=3.0, spread=0.2) * np.exp(drift)))
+    assert result.verdict == "use_policy"
+    assert isinstance(result.policy, TargetRatio)
+    assert result.policy.cap == pytest.approx(3 * result.threshold, rel=1e-2)
+    assert result.threshold is not None
+
+
+def test_exploding_norms_are_a_training_problem():
+    """Bursts within 100 steps, with the tight threshold biting: keep it, fix the training."""
+    norms = lognormal(1000, middle=2.0)
+    norms[::20] *= 50
+    result = recommend_from(history(norms))
+    assert result.verdict == "fix_training"
+    assert result.policy == ClipNorm(1.0)
+    assert any("explode" in reason for reason in result.reasons)
+
+
+def test_nonfinite_gradients_come_first():
+    """More than one step in a hundred NaN: where it enters comes before any threshold."""
+    norms = lognormal(1000)
+    norms[::50] = math.nan
+    result = recommend_from(history(norms))
+    assert result.verdict == "fix_training"
+    assert "2.0 %" in result.reasons[0]
+    assert math.isfinite(result.threshold)
+
+
+@pytest.mark.parametrize("count", [0, 1, AT_LEAST, 61])
+def test_too_few_steps_say_so(count):
+    """No threshold, no interval, and how many are needed."""
+    result = recommend_from(history(lognormal(count)))
+    assert result.verdict == "not_enough_data"
+    assert (result.threshold, result.interval, result.policy) == (None, None, None)
+    assert str(AT_LEAST) in result.sentence
+
+
+def test_the_interval_is_wider_early():
+    """After 100 steps it says less than after 2,000."""
+    widths = []
+    for count in (100, 400, 2000):
+        low, high = recommend_from(history(lognormal(count))).interval
+        widths.append(high - low)
+    assert widths[0] > widths[1]
+    assert widths[0] > widths[2]
+
+
+def test_nan_and_inf_poison_nothing():
+    """A few non-finite steps leave every number finite and nearly the same."""
+    norms = lognormal(2000, middle=3.0)
+    clean = recommend_from(history(norms))
+    norms[[5, 700, 1900]] = [math.nan, math.inf, math.nan]
+    spoilt = recommend_from(history(norms))
+    assert spoilt.verdict == clean.verdict
+    assert spoilt.threshold == pytest.approx(clean.threshold, rel=0.01)
+
+
+def test_it_is_json():
+    """As the command line prints it."""
+    text = json.dumps(recommend_from(history(lognormal(300, middle=4))).as_dict(), default=str)
+    assert json.loads(text)["policy"]["policy"] == "ClipNorm"
+
+
+@pytest.mark.parametrize(
+    ("target", "band", "name"),
+    [(0.2, (0.3, 0.1), "band"), (0.5, (0.1, 0.3), "target"), (0.2, (0.0, 0.3), "band")],
+)
+def test_wrong_bands_are_named(target, band, name):
+    """The error says which argument, and what a band is."""
+    with pytest.raises(ConfigurationError, match=name):
+        recommend_from(history(lognormal(100)), target=target, band=band)
+
+
+def test_a_run_that_only_observes(tmp_path):
+    """Without a threshold there is no current ratio; the constant is given all the same."""
+    norms = lognormal(400, middle=3.0, spread=0.9)
+    write_run(norms=norms, policy=ObserveOnly())
+    with Store("gradwatch.db") as store:
+        result = recommend(store, 1)
+    assert result.current_clip_ratio is None
+    assert result.sentence.startswith(f"{result.threshold:g} would have clipped")

@@ -1,0 +1,195 @@
+"""Reading a store: what was written, read-only, and errors that say what is there."""
+
+import dataclasses
+import sqlite3
+import time
+
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from stores import write_run
+
+from gradwatch import errors, schema
+from gradwatch_monitor import Store
+from gradwatch_monitor.migrations import configuration, migrate
+from gradwatch_monitor.store import STEP_COLUMNS, status_of
+
+
+def query(sql, path="gradwatch.db"):
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def test_steps_are_the_visible_timeline():
+    """The frame has the record's columns, NULL as NaN, flags as booleans."""
+    write_run(nan_at=(7,))
+    with Store("gradwatch.db") as store:
+        frame = store.steps(store.run("first").id)
+    assert list(frame.columns) == list(STEP_COLUMNS)
+    rows = query(f"SELECT {', '.join(STEP_COLUMNS)} FROM steps ORDER BY step")
+    assert len(frame) == len(rows) == 300
+    for i in (0, 7, 299):
+        for name, value in zip(STEP_COLUMNS, rows[i], strict=True):
+            got = frame[name][i]
+            assert np.isnan(got) if value is None else got == value
+    assert frame["clipped"].dtype == bool
+
+
+def test_steps_take_a_range():
+    """`start` and `stop` bound the steps, `stop` left out."""
+    write_run(steps=50)
+    with Store("gradwatch.db") as store:
+        assert store.steps(1, 10, 20)["step"].tolist() == list(range(10, 20))
+        assert len(store.steps(99)) == 0
+
+
+def test_runs_by_name_uid_and_id():
+    """A name means its latest run."""
+    first, second = write_run(steps=3), write_run(steps=4)
+    with Store("gradwatch.db") as store:
+        assert [run.id for run in store.runs()] == [2, 1]
+        assert store.run("first").id == 2
+        assert store.run(first.run_id).id == 1
+        assert store.run(1).uid == first.run_id
+        assert store.run("2").uid == second.run_id
+        assert len(store.runs(status="finished", limit=1)) == 1
+        assert store.runs(status="failed") == []
+
+
+def test_a_run_that_is_not_there_names_those_that_are():
+    """The error says which runs there are."""
+    write_run(steps=3)
+    with Store("gradwatch.db") as store:
+        for key in ("nix", 17):
+            with pytest.raises(errors.RunNotFoundError, match=r"the latest are: first"):
+                store.run(key)
+
+
+def test_summary_equals_sql():
+    """Counts and last values."""
+    write_run(nan_at=(3, 299))
+    with Store("gradwatch.db") as store:
+        summary = store.summary(1)
+    ((steps, clipped, nonfinite, skipped),) = query(
+        "SELECT count(*), sum(clipped), sum(nonfinite), sum(skipped) FROM steps"
+    )
+    assert (summary.steps, summary.clipped) == (steps, clipped)
+    assert (summary.nonfinite, summary.skipped, summary.amp_overflows) == (nonfinite, skipped, 0)
+    assert summary.clip_ratio == clipped / steps
+    assert summary.last_step == 299
+    ((norm,),) = query("SELECT pre_norm FROM steps WHERE step = 298")
+    assert summary.last_pre_norm == norm
+    assert summary.last_threshold == 1.0
+
+
+def test_events_leave_out_what_a_later_attempt_hides():
+    """Events belong to the timeline as steps do."""
+    agent = write_run(steps=20, nan_at=(5, 15), close=False)
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute("INSERT INTO attempts VALUES (1, 2, 10)")
+    with Store("gradwatch.db") as store:
+        assert [e.step for e in store.events(1, kind="nonfinite_gradient")] == [5]
+        assert store.last_step(1) == 9
+    agent.close()
+
+
+def test_reading_never_writes():
+    """Every connection is read-only: it can change nothing and hold up nobody."""
+    write_run(steps=5)
+    store = Store("gradwatch.db")
+    with pytest.raises(errors.StoreError, match="readonly"), store._reading() as connection:
+        connection.execute(sa.text("DELETE FROM runs"))
+    with store._reading() as reading:
+        reading.execute(sa.select(schema.runs)).all()
+        write_run(steps=5)  # while a reader is in the middle
+    assert len(store.runs()) == 2
+    store.close()
+
+
+def test_no_store_says_how_one_comes_to_be():
+    """The error names the file, and what makes it."""
+    with pytest.raises(errors.StoreNotFoundError, match=r"nix\.db.*gradwatch\.wrap"):
+        Store("nix.db")
+
+
+def test_stores_that_are_none_are_refused(tmp_path):
+    """A text file, somebody else's database, a future schema."""
+    (tmp_path / "text.db").write_text("no database " * 999)
+    with sqlite3.connect(tmp_path / "other.db") as connection:
+        connection.execute("CREATE TABLE t (x)")
+    with sqlite3.connect(tmp_path / "mlflow.db") as connection:
+        connection.execute("CREATE TABLE runs (x)")
+    with sqlite3.connect(tmp_path / "future.db") as connection:
+        connection.execute("CREATE TABLE gradwatch_revision (version_num TEXT)")
+        connection.execute("INSERT INTO gradwatch_revision VALUES ('9999')")
+    for name, kind, words in (
+        ("text.db", errors.StoreError, "not a database"),
+        ("other.db", errors.StoreError, "not a gradwatch store"),
+        ("mlflow.db", errors.StoreError, "not a gradwatch store.*runs"),
+        ("future.db", errors.StoreRevisionError, "'9999'.*upgrade gradwatch"),
+    ):
+        with pytest.raises(kind, match=words) as caught:
+            Store(str(tmp_path / name))
+        assert name in str(caught.value)
+
+
+def test_a_finished_store_in_a_folder_nobody_can_write(tmp_path, monkeypatch):
+    """A copied store is read as it lies."""
+    write_run(steps=5)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    with Store("gradwatch.db") as store:
+        assert len(store.steps(1)) == 5
+    assert not list(tmp_path.glob("gradwatch.db-*"))
+
+
+def test_a_run_without_a_sign_of_life_is_silent():
+    """Its status still says running; what people are shown says silent."""
+    agent = write_run(steps=5, close=False)
+    with Store("gradwatch.db") as store:
+        run = store.run("first")
+    agent.close()
+    assert run.is_live()
+    assert status_of(run) == "running"
+    assert status_of(dataclasses.replace(run, heartbeat_at=time.time() - 100)) == "silent"
+
+
+# -- migrations ------------------------------------------------------------------------------------
+
+
+def test_migrations_make_what_the_agent_makes(tmp_path):
+    """Alembic finds no difference, and the view is the same, byte for byte."""
+    from alembic.autogenerate import compare_metadata
+    from alembic.migration import MigrationContext
+
+    write_run("agents.db", steps=1)
+    sqlite3.connect("alembics.db").close()
+    assert migrate("alembics.db") == (None, schema.REVISION)
+    assert migrate("alembics.db") == (schema.REVISION, schema.REVISION)
+    views = []
+    for path in ("agents.db", "alembics.db"):
+        engine = sa.create_engine(f"sqlite:///{path}")
+        with engine.connect() as connection:
+            context = MigrationContext.configure(
+                connection, opts={"version_table": schema.VERSION_TABLE}
+            )
+            assert compare_metadata(context, schema.metadata) == []
+        engine.dispose()
+        views.append(query("SELECT sql FROM sqlite_master WHERE type = 'view'", path))
+    assert views[0] == views[1]
+    write_run("alembics.db", steps=5)
+    with Store("alembics.db") as store:
+        assert len(store.steps(1)) == 5
+
+
+def test_the_newest_migration_is_the_agents_revision():
+    """One head, and it is the revision that the agent stamps."""
+    from alembic.script import ScriptDirectory
+
+    script = ScriptDirectory.from_config(configuration(None))
+    assert script.get_heads() == [schema.REVISION]
+
+
+def test_migrating_nothing_is_an_error():
+    """No file is made by mistake."""
+    with pytest.raises(errors.StoreNotFoundError):
+        migrate("nix.db")

@@ -1,0 +1,126 @@
+"""What pages show equals numpy over the stored steps."""
+
+import math
+import sqlite3
+
+import numpy as np
+import pytest
+from stores import lognormal, write_run
+
+from gradwatch_monitor import Store, views
+
+
+@pytest.fixture
+def store():
+    write_run(norms=lognormal(1200, middle=1.5), nan_at=(100, 101), tags={"lr": 0.001})
+    with Store("gradwatch.db") as opened:
+        yield opened
+
+
+@pytest.fixture
+def timeline(store):
+    timeline = views.Timeline(1)
+    timeline.refresh(store)
+    return timeline
+
+
+def test_a_timeline_reads_only_what_is_new():
+    """Refreshed while the run goes on, it equals the whole frame; a new attempt starts it over."""
+    agent = write_run(steps=10, close=False)
+    store = Store("gradwatch.db")
+    timeline = views.Timeline(1)
+    timeline.refresh(store)
+    assert len(timeline) == 10
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute(
+            "INSERT INTO step_records SELECT run_id, attempt, step + 10, time, loss, lr, 7.0, "
+            "post_norm, threshold, loss_scale, clipped, nonfinite, nonfinite_loss, skipped "
+            "FROM step_records"
+        )
+    timeline.refresh(store)
+    assert timeline["step"].tolist() == list(range(20))
+    assert timeline["pre_norm"][15] == 7.0
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute("INSERT INTO attempts VALUES (1, 2, 5)")
+    timeline.refresh(store)
+    assert timeline["step"].tolist() == list(range(5))
+    agent.close()
+
+
+@pytest.mark.parametrize("threshold", [0.5, 1.0, 1.7, 100.0])
+def test_what_if_is_numpys_share(timeline, threshold):
+    """The share of finite norms above the threshold."""
+    norms = timeline["pre_norm"]
+    finite = norms[np.isfinite(norms)]
+    assert views.what_if(timeline, threshold) == (np.mean(finite > threshold), 1198)
+
+
+def test_the_what_if_curve_agrees_with_what_if(timeline):
+    """Every point of the curve, the thresholds asked for among them."""
+    curve = views.what_if_curve(timeline, include=(1.2345, None, 1e9))
+    assert 1.2345 in curve["threshold"].tolist()
+    assert curve["threshold"].is_monotonic_increasing
+    for threshold, ratio in curve.itertuples(index=False):
+        assert ratio == views.what_if(timeline, threshold)[0]
+
+
+def test_the_rolling_clip_ratio(timeline):
+    """The share among the last 100 steps, from the hundredth on."""
+    frame = views.clip_ratio(timeline, 100, points=10_000)
+    clipped = timeline["clipped"].astype(float)
+    expected = np.convolve(clipped, np.ones(100) / 100, mode="valid")
+    assert frame["step"].tolist() == list(range(99, 1200))
+    np.testing.assert_allclose(frame["clip_ratio"], expected)
+    assert views.clip_ratio(timeline, 5000).empty
+
+
+def test_thinning_keeps_extremes_and_gaps():
+    """About as many points as asked for, the greatest and least among them, wide gaps as gaps."""
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[60_123] = 50.0
+    values[20_000:30_000] = math.nan
+    values[7] = math.nan
+    keep = views.thin(values, 1000)
+    assert len(keep) <= 1010
+    assert 60_123 in keep
+    assert int(np.nanargmin(values)) in keep
+    assert sum(20_000 <= k < 30_000 for k in keep) == 1
+    assert views.thin(np.arange(5.0), 10).tolist() == [0, 1, 2, 3, 4]
+    assert len(views.thin(np.full(5000, math.nan), 100)) == 0
+
+
+def test_norms_chart_is_fit_for_a_log_axis(timeline):
+    """No zero, no infinity; clipped steps are those on record."""
+    frame = views.norms_chart(timeline, points=5000)
+    assert len(frame) == 1200
+    assert (frame["pre_norm"].dropna() > 0).all()
+    assert frame["clipped"].sum() == timeline["clipped"].sum()
+
+
+def test_events_table_names_parameters_and_origin(store):
+    """One row an event, readable as it is."""
+    table = views.events_table(store, 1)
+    nan = table[table["kind"] == "nonfinite_gradient"]
+    assert nan["step"].tolist() == [101, 100]
+    assert set(nan["parameters"]) == {"2.weight"}
+    assert set(nan["origin"]) == {"2.weight"}
+
+
+def test_runs_table(store):
+    """One row a run."""
+    write_run(run="second", steps=3)
+    table = views.runs_table(store)
+    assert table["name"].tolist() == ["second", "first"]
+    assert table["steps"].tolist() == [3, 1200]
+    assert table["tags"].tolist() == ["", "lr=0.001"]
+
+
+def test_a_run_without_losses_or_norms():
+    """Empty frames, not errors."""
+    write_run(steps=3, loss=False, nan_at=(0, 1, 2))
+    with Store("gradwatch.db") as store:
+        timeline = views.Timeline(1)
+        timeline.refresh(store)
+    assert views.loss_chart(timeline).empty
+    assert views.what_if_curve(timeline).empty
+    assert views.what_if(timeline, 1.0) == (0.0, 0)
