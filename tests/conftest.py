@@ -19,7 +19,7 @@ MADE_BY_LAUNCHERS = ("GRADWATCH_", "SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZ
 def _apart(tmp_path, monkeypatch):
     """No setting, file, port or thread of one test reaches another."""
     for name in list(os.environ):
-        if name.startswith(MADE_BY_LAUNCHERS) and name != "GRADWATCH_TEST_SERVERS":
+        if name.startswith(MADE_BY_LAUNCHERS):
             monkeypatch.delenv(name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRADWATCH_METRICS_PORT", "0")
@@ -38,7 +38,7 @@ def server_program():
         path = shutil.which(program)
         if path is None:
             message = f"{program} is not installed: apt-get install {package}"
-            if os.environ.get("GRADWATCH_TEST_SERVERS") == "required":
+            if os.environ.get("REQUIRE_TEST_SERVERS") == "required":
                 pytest.fail(message)
             pytest.skip(message)
         return path

@@ -23,7 +23,7 @@ def chromium():
     path = shutil.which("chromium") or shutil.which("chromium-browser")
     if path is None:
         message = "chromium is not installed: apt-get install chromium"
-        if os.environ.get("GRADWATCH_TEST_SERVERS") == "required":
+        if os.environ.get("REQUIRE_TEST_SERVERS") == "required":
             pytest.fail(message)
         pytest.skip(message)
     with sync_playwright() as playwright:
