@@ -23,14 +23,27 @@ from gradwatch.errors import (
     StoreNotFoundError,
     StoreRevisionError,
 )
-from gradwatch.policies import ClipNorm, ClipValue, ObserveOnly, Policy, TargetRatio
+from gradwatch.policies import (
+    AdaptiveGradientClip,
+    ClipLayerNorm,
+    ClipNorm,
+    ClipValue,
+    ObserveOnly,
+    PercentileClip,
+    Policy,
+    SkipSpikes,
+    TargetRatio,
+    ZClip,
+)
 
 if TYPE_CHECKING:
     from gradwatch.config import Settings
 
 __all__ = [
+    "AdaptiveGradientClip",
     "Agent",
     "AlreadyWrappedError",
+    "ClipLayerNorm",
     "ClipNorm",
     "ClipValue",
     "ConfigurationError",
@@ -38,14 +51,17 @@ __all__ = [
     "NonFiniteGradientError",
     "NotWrappedError",
     "ObserveOnly",
+    "PercentileClip",
     "Policy",
     "RingError",
     "RunNotFoundError",
     "Settings",
+    "SkipSpikes",
     "StoreError",
     "StoreNotFoundError",
     "StoreRevisionError",
     "TargetRatio",
+    "ZClip",
     "__version__",
     "wrap",
 ]

@@ -133,6 +133,7 @@ class Agent:
     ) -> None:
         """Instrument the optimizer; see `wrap`."""
         parts = arguments.parts(optimizer, clip)
+        arguments.sparse(optimizer, model, parts)
         on_nonfinite = arguments.on_nonfinite(optimizer, parts, on_nonfinite)
         self._settings = arguments.settings_of(settings, run, store, metrics_port)
         self._tags = arguments.tags(tags)

@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 
 from gradwatch._version import __version__
 from gradwatch.errors import ConfigurationError
-from gradwatch.part import Part
-from gradwatch.policies import Policy
+from gradwatch.part import Part, sparse_refusal
+from gradwatch.policies import Policy, SkipSpikes
 
 if TYPE_CHECKING:
     from gradwatch.config import Settings
@@ -27,6 +27,7 @@ __all__ = [
     "on_nonfinite",
     "parts",
     "settings_of",
+    "sparse",
     "tags",
 ]
 
@@ -65,8 +66,27 @@ def parts(optimizer: Any, clip: Any) -> list[Part]:
     return [Part(policy, group) for group, policy in enumerate(policies)]
 
 
+def sparse(optimizer: Optimizer, model: Any, parts: list[Part]) -> None:
+    """Refuse policies that cannot clip sparse gradients, where it is known that there are some."""
+    refused = [part.policy for part in parts if not part.policy.takes_sparse]
+    if not refused:
+        return
+    where = "SparseAdam" if isinstance(optimizer, torch.optim.SparseAdam) else None
+    owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for name, module in model.named_modules() if model is not None else ():
+        if getattr(module, "sparse", False) and any(id(p) in owned for p in module.parameters()):
+            where = f"the {type(module).__name__} {name!r}".replace(" ''", "")
+    if where is not None:
+        raise ConfigurationError(sparse_refusal(refused[0], where))
+
+
 def on_nonfinite(optimizer: Optimizer, parts: list[Part], given: Any) -> OnNonFinite:
     """What to do with a non-finite step, as far as the policy and the optimizer allow it."""
+    if isinstance(optimizer, torch.optim.LBFGS) and any(
+        isinstance(part.policy, SkipSpikes) for part in parts
+    ):
+        msg = "SkipSpikes cannot be kept with LBFGS, which steps several times inside one step()"
+        raise ConfigurationError(msg)
     if given not in {"skip", "raise", "ignore"}:
         msg = f'on_nonfinite={given!r}: "skip", "raise" or "ignore"'
         raise ConfigurationError(msg)

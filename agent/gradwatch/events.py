@@ -13,6 +13,8 @@ from gradwatch.records import Event, LayerNorms
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from gradwatch.records import Skip
+
 __all__ = [
     "LossSpikes",
     "NormSpikes",
@@ -25,6 +27,7 @@ __all__ = [
     "loss_spike",
     "nonfinite_gradient",
     "nonfinite_loss",
+    "spike_skipped",
 ]
 
 _NAMED = 3  # parameters spelled out in a message; all of them are in the data
@@ -201,6 +204,11 @@ def dead_gradient(step: int, time: float, rank: int, tensors: int) -> Event:
     """The gradient was exactly 0 or absent; one event where a streak of such steps begins."""
     why = "no parameter has a gradient" if tensors == 0 else "every gradient is exactly 0"
     return Event("dead_gradient", step, time, "warning", why, {"tensors": tensors}, rank)
+
+
+def spike_skipped(step: int, time: float, rank: int, skip: Skip) -> Event:
+    """A policy chose not to apply the step."""
+    return Event("spike_skipped", step, time, "warning", skip.reason, dict(skip.data), rank)
 
 
 # -- as bytes in the flight recorder -------------------------------------------------------------

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from gradwatch.errors import NonFiniteGradientError
+from gradwatch.errors import ConfigurationError, NonFiniteGradientError
 from gradwatch.events import encode_event
 from gradwatch.norms import combine
-from gradwatch.policies import ClipNorm, ClipValue
+from gradwatch.policies import ClipValue
 from gradwatch.recorder import FLAGS
-from gradwatch.records import Skip, StepRecord
+from gradwatch.records import Scale, Skip, StepRecord
 from gradwatch.scaling import Carrier
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ class StepHooks:
         self.loss: Tensor | float | None = None  # of the coming step
         self.tape: Tape | None = None  # there from the first step on
         self._only = parts[0] if len(parts) == 1 else None
+        self._wants_loss = any(part.policy.wants_loss for part in parts)
         self._carrier = Carrier(optimizer, fold=fold)
         self._time = clock.time
         self._monotonic = clock.monotonic
@@ -243,7 +244,7 @@ class StepHooks:
             if self._open is not None:
                 self._open = None
                 self._carrier.abandon(optimizer)
-            tape = self.tape or self._ensure_tape(optimizer)
+            tape = self.tape or self._first(optimizer)
             step = _OpenStep(self._time(), self.threshold)
             amp = self._carrier.loss_scale(optimizer)
             if amp.in_memory != 1.0:
@@ -259,10 +260,18 @@ class StepHooks:
                 self._act(optimizer, step, by_hand=by_hand)
             self._open = step
             tape.overhead += self._monotonic() - began
+        except ConfigurationError:  # at the first step: a wrong argument that shows only now
+            raise
         except Exception as error:  # noqa: BLE001 - the border with the training loop
             self._failed(error, lost=not by_hand)
             if step is None or not step.flags & (FLAGS.CLIPPED | FLAGS.SKIPPED):
                 self._clip_plainly(optimizer)
+
+    def _first(self, optimizer: Optimizer) -> Tape:
+        """Begin a tape; before it, refuse a policy that cannot clip what gradients there are."""
+        for part in self.parts:
+            part.refuse_sparse(optimizer)
+        return self._ensure_tape(optimizer)
 
     def _look(self, optimizer: Optimizer, step: _OpenStep, scale: float) -> None:
         """Measure every part; `pre_norm` is the norm of all together."""
@@ -274,6 +283,9 @@ class StepHooks:
             step.measured = [part.measure(optimizer, scale) for part in self.parts]
             norms = [measured.norm for measured in step.measured]
             step.pre_norm = combine(norms, step.measured[0].norm_type)
+        if self._wants_loss and self.loss is not None:
+            loss = float(self.loss)
+            step.measured = [measured._replace(loss=loss) for measured in step.measured]
         grads = step.measured[0].grads
         if grads and grads[0]._version > 0 and grads[-1]._version > 0:
             step.flags |= FLAGS.MODIFIED
@@ -291,7 +303,6 @@ class StepHooks:
             step.messages.append(self.notices.layers(self.step, step.measured, optimizer))
 
     def _clip(self, optimizer: Optimizer, step: _OpenStep, *, by_hand: bool) -> None:
-        fold = self._only is not None and not by_hand
         decisions = [
             part.policy.decide(measured, part.state)
             for part, measured in zip(self.parts, step.measured)  # noqa: B905 - made as long
@@ -299,9 +310,16 @@ class StepHooks:
         for decision in decisions:
             if isinstance(decision, Skip):
                 step.flags |= FLAGS.SKIPPED
+                event = self.notices.skipped(self.step, step.time, decision)
+                step.messages.append(encode_event(event))
                 if not by_hand:
                     self._skip(step)
                 return
+        fold = False
+        if self._only is not None:
+            fold = not by_hand
+            if type(decision) is Scale:  # a threshold that takes the norm itself into account
+                step.threshold = decision.max_norm
         norms = []
         for decision, measured in zip(decisions, step.measured):  # noqa: B905
             clipped, norm = self._carrier.carry_out(optimizer, decision, measured, fold=fold)
@@ -346,9 +364,10 @@ class StepHooks:
     def _record(self, optimizer: Optimizer, step: _OpenStep, began: float) -> None:
         self._open = None
         tape = self._ensure_tape(optimizer)
-        loss = _nan
+        loss, known = _nan, None
         if self.loss is not None:
-            loss, self.loss = float(self.loss), None
+            loss = known = float(self.loss)
+            self.loss = None
             self._note_loss(step, loss)
         number, lr = self.step, float(optimizer.param_groups[0]["lr"])
         pre, post, threshold, scale = (
@@ -365,7 +384,7 @@ class StepHooks:
             tape.ring.append_event(message)
         if math.isfinite(pre):
             for part, measured in zip(self.parts, step.measured, strict=True):
-                part.state = part.policy.update(part.state, measured.norm)
+                part.state = part.policy.update(part.state, measured.norm, known)
         tape.overhead += self._monotonic() - began
 
     def _note_loss(self, step: _OpenStep, loss: float) -> None:
@@ -392,15 +411,15 @@ class StepHooks:
             scale = self._carrier.loss_scale(optimizer).in_memory
             for part in self.parts:
                 params, grads = part.gradients(optimizer)
-                if isinstance(part.policy, ClipNorm):
+                if isinstance(part.policy, ClipValue):
+                    torch.nn.utils.clip_grad_value_(params, part.policy.clip_value * scale)
+                elif not math.isnan(part.threshold):
                     total = torch.nn.utils.get_total_norm(grads, part.policy.norm_type)
                     if torch.isfinite(total):
-                        limit = part.policy.max_norm * scale
+                        limit = part.threshold * scale
                         torch.nn.utils.clip_grads_with_norm_(params, limit, total)
                     elif self.on_nonfinite != "ignore":
                         self._carrier.skip(params, grads)
-                elif isinstance(part.policy, ClipValue):
-                    torch.nn.utils.clip_grad_value_(params, part.policy.clip_value * scale)
         except Exception as error:  # noqa: BLE001 - the border with the training loop
             self._report("clip", f"a step went unclipped ({type(error).__name__}: {error})")
 

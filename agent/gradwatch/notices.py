@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.names import ParameterNames
-    from gradwatch.records import Event, Measurement
+    from gradwatch.records import Event, Measurement, Skip
 
 __all__ = ["Notices"]
 
@@ -79,6 +79,10 @@ class Notices:
     def overflow(self, step: int, time: float, loss_scale: float) -> Event:
         """A step that the loss scaler suppressed."""
         return events.amp_overflow(step, time, self.rank, loss_scale)
+
+    def skipped(self, step: int, time: float, skip: Skip) -> Event:
+        """A step that the policy chose not to apply."""
+        return events.spike_skipped(step, time, self.rank, skip)
 
     def samples(self, step: int, measured: Sequence[Measurement]) -> bool:
         """Whether this step's layer norms are sampled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from gradwatch.errors import ConfigurationError
 from gradwatch.norms import Meter
 
 if TYPE_CHECKING:
@@ -14,7 +15,16 @@ if TYPE_CHECKING:
     from gradwatch.policies import Policy
     from gradwatch.records import Measurement
 
-__all__ = ["Part"]
+__all__ = ["Part", "sparse_refusal"]
+
+
+def sparse_refusal(policy: Policy[Any], where: str) -> str:
+    """Why a policy cannot be had where gradients are sparse."""
+    return (
+        f"{policy} looks at every element, row or tensor of a gradient, and the gradients of "
+        f"{where} are sparse: what is not in them would count as zeros. "
+        "Use a policy on the global norm, as ClipNorm(1.0), or dense gradients (sparse=False)"
+    )
 
 
 class Part:
@@ -39,6 +49,17 @@ class Part:
         if len(grads) != len(params):
             params = [p for p in params if p.grad is not None]
         return params, grads
+
+    def refuse_sparse(self, optimizer: Optimizer) -> None:
+        """Raise `ConfigurationError` where there are sparse gradients the policy cannot clip."""
+        if self.policy.takes_sparse:
+            return
+        params, grads = self.gradients(optimizer)
+        for param, grad in zip(params, grads, strict=True):
+            if grad.is_sparse:
+                raise ConfigurationError(
+                    sparse_refusal(self.policy, f"a parameter of shape {tuple(param.shape)}")
+                )
 
     def measure(self, optimizer: Optimizer, scale: float) -> Measurement:
         """Measure the gradients, which carry `scale` as their loss scale."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ class Measurement(NamedTuple):
 
     `norm` is the true norm: of all tensors together, and with any loss scale divided out.
     `tensor_norms[i]` belongs to `grads[i]` and `params[i]`. The tensors in memory are
-    `scale` times the true gradients (1.0 without a loss scale).
+    `scale` times the true gradients (1.0 without a loss scale). `loss` is the step's, None where it
+    is not known or the policy does not ask for it.
     """
 
     norm: float
@@ -49,6 +51,7 @@ class Measurement(NamedTuple):
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
     scale: float
+    loss: float | None = None
 
     @property
     def finite(self) -> bool:
@@ -79,9 +82,13 @@ class Clamp(NamedTuple):
 
 
 class Skip(NamedTuple):
-    """Do not apply this step: parameters and optimizer state stay untouched."""
+    """Do not apply this step: parameters and optimizer state stay untouched.
+
+    `reason` is a sentence for the record, `data` its evidence.
+    """
 
     reason: str
+    data: Mapping[str, Any] = MappingProxyType({})
 
 
 Decision = Keep | Scale | ScaleEach | Clamp | Skip

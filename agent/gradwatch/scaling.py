@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from gradwatch.norms import Meter, max_abs
+from gradwatch.norms import Meter, combine, max_abs
 from gradwatch.records import Applied, Clamp, Decision, Keep, Measurement, Scale, ScaleEach
 
 if TYPE_CHECKING:
@@ -204,13 +204,25 @@ def _clamp(limit: float, measured: Measurement) -> Applied:
 
 def _scale_each(factors: Sequence[float | Tensor], measured: Measurement) -> Applied:
     clipped = False
+    norms: list[float] | None = []  # afterwards, as long as they can be inferred
     with torch.no_grad():
-        for grad, factor in zip(measured.grads, factors, strict=True):
-            if isinstance(factor, float) and factor == 1.0:
-                continue
-            clipped = clipped or bool(torch.as_tensor(factor != 1.0).any())
+        for grad, factor, norm in zip(measured.grads, factors, measured.tensor_norms, strict=True):
+            if isinstance(factor, float):
+                if norms is not None:
+                    norms.append(norm * factor)
+                if factor == 1.0:
+                    continue
+                clipped = True
+            else:
+                norms = None
+                if not bool((factor != 1.0).any()):
+                    continue
+                clipped = True
             grad.mul_(factor)
-    return Applied(clipped, _norm_now(measured) if clipped else measured.norm)
+    if not clipped:
+        return Applied(False, measured.norm)
+    inferred = combine(norms, measured.norm_type) if norms is not None else _norm_now(measured)
+    return Applied(True, inferred)
 
 
 def _norm_now(measured: Measurement) -> float:

@@ -148,7 +148,7 @@ class _PerTensor(Policy[int]):
     def decide(self, measurement, state):
         return ScaleEach([1.0 / (state + i + 1) for i in range(len(measurement.grads))])
 
-    def update(self, state, norm):
+    def update(self, state, norm, loss=None):
         return state + 1
 
 
@@ -172,7 +172,7 @@ class _SkipOdd(Policy[int]):
     def decide(self, measurement, state):
         return Skip("odd") if state % 2 else Keep()
 
-    def update(self, state, norm):
+    def update(self, state, norm, loss=None):
         return state + 1
 
 

@@ -9,36 +9,65 @@ from hypothesis import strategies as st
 
 from gradwatch.events import LossSpikes, NormSpikes
 from gradwatch.norms import Meter, combine
-from gradwatch.policies import ClipNorm, ClipValue, TargetRatio
+from gradwatch.policies import (
+    AdaptiveGradientClip,
+    ClipLayerNorm,
+    ClipNorm,
+    ClipValue,
+    PercentileClip,
+    SkipSpikes,
+    TargetRatio,
+    ZClip,
+)
+from gradwatch.records import Measurement, Scale
 from gradwatch.scaling import Carrier
 
 finite = st.floats(1e-8, 1e8)
 poison = st.sampled_from([math.nan, math.inf, -math.inf, 0.0])
-policies = st.builds(
-    TargetRatio, cap=st.none() | st.floats(0.01, 100), initial=st.floats(0.001, 1000)
+caps = st.none() | st.floats(0.01, 100)
+positives = st.floats(0.001, 1000)
+plain = st.one_of(
+    st.builds(TargetRatio, cap=caps, initial=positives),
+    st.builds(
+        PercentileClip,
+        st.floats(0, 100),
+        positives,
+        st.integers(1, 40),
+        st.integers(1, 40),
+        positives,
+    ),
+    st.builds(ZClip, st.floats(0.01, 0.99), st.floats(0.1, 10), st.integers(2, 30), caps),
 )
+policies = plain | st.builds(SkipSpikes, plain, st.integers(4, 30), positives)
+extreme = st.floats(min_value=5e-324, allow_infinity=False)
+losses = st.none() | st.floats()
 
 
-@given(policies, st.lists(finite | poison, max_size=120))
-def test_nonfinite_norms_never_change_a_state(policy, norms):
+@given(policies, st.lists(st.tuples(finite | poison, losses), max_size=120))
+def test_nonfinite_norms_never_change_a_state(policy, stream):
     """The state after a stream is the state after its finite, positive norms alone."""
     state = clean = policy.init()
-    for norm in norms:
-        state = policy.update(state, norm)
+    for norm, loss in stream:
+        state = policy.update(state, norm, loss)
         if math.isfinite(norm) and norm > 0:
-            clean = policy.update(clean, norm)
+            known = loss if loss is not None and math.isfinite(loss) else None
+            clean = policy.update(clean, norm, known)
     assert state == clean
 
 
-@given(policies, st.lists(finite | poison, max_size=120))
+@given(policies, st.lists(extreme | finite | poison, max_size=120))
 def test_thresholds_are_finite_positive_and_below_the_cap(policy, norms):
-    """Whatever comes."""
+    """Whatever comes, from the least float to the greatest."""
     state = policy.init()
+    cap = getattr(policy, "cap", None) or math.inf
     for norm in norms:
         threshold = policy.threshold(state)
-        assert math.isfinite(threshold)
-        assert threshold > 0
-        assert threshold <= (policy.cap or math.inf)
+        if threshold is not None:
+            assert math.isfinite(threshold)
+            assert 0 < threshold <= cap
+        if math.isfinite(norm):
+            decision = policy.decide(Measurement(norm, 2.0, [norm], [], [], 1.0), state)
+            assert not isinstance(decision, Scale) or 0 < decision.max_norm < math.inf
         state = policy.update(state, norm)
 
 
@@ -62,6 +91,29 @@ def test_clipping_twice_equals_once(values, limit, kind):
     torch.testing.assert_close(results[0], results[1], rtol=slack, atol=0)
     size = results[0].norm() if kind is ClipNorm else results[0].abs().max()
     assert size <= limit * (1 + 1e-5)
+
+
+rows = st.lists(
+    st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=1, max_size=6
+)
+
+
+@given(rows, rows, st.floats(1e-3, 1e3), st.sampled_from([ClipLayerNorm, AdaptiveGradientClip]))
+def test_clipping_by_tensor_and_by_unit_twice_equals_once(weights, values, limit, kind):
+    """What was brought within its limit stays as it is."""
+    count = min(len(weights), len(values))
+    parameter = torch.nn.Parameter(torch.tensor(weights[:count]))
+    parameter.grad = torch.tensor(values[:count])
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    carrier, meter, policy = Carrier(optimizer, fold=True), Meter(), kind(limit)
+    results = []
+    for _ in range(2):
+        measured = meter.measure([parameter], [parameter.grad])
+        carrier.carry_out(optimizer, policy.decide(measured, None), measured, fold=True)
+        results.append(parameter.grad.clone())
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-30)
+    if kind is ClipLayerNorm:
+        assert results[0].double().norm() <= limit * (1 + 1e-5)
 
 
 @given(st.lists(finite, max_size=150))
@@ -96,7 +148,10 @@ def test_loss_spikes_are_those_of_the_definition(losses):
             assert (found is not None) == (loss > limit)
 
 
-@given(st.lists(st.floats(0, 1e30), max_size=10), st.sampled_from([1.0, 2.0, 3.0, math.inf]))
+sizes = st.just(0.0) | st.floats(1e-60, 1e30)  # numpy squares and cubes them unscaled
+
+
+@given(st.lists(sizes, max_size=10), st.sampled_from([1.0, 2.0, 3.0, math.inf]))
 def test_combined_norms_are_those_of_numpy(norms, p):
     """The norm of a concatenation, from the norms of its parts."""
     expected = np.linalg.norm(norms, p) if norms else 0.0

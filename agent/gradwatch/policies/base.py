@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from gradwatch.errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from gradwatch.records import Decision, Measurement
 
-__all__ = ["Policy", "positive"]
+__all__ = ["Policy", "bounded", "positive", "quantile", "whole"]
 
 S = TypeVar("S")
+_GREATEST = 1e150  # that a state takes in: sums of its squares stay finite
 
 
 class Policy(ABC, Generic[S]):
     """A frozen description of how to clip. What it has learnt so far lives in a state `S`.
 
-    The agent calls `decide` before a step whose gradient is finite, and `update` once the norm of
-    such a step is known; a non-finite norm never reaches either, so it cannot poison a state.
+    The agent calls `decide` before a step whose gradient is finite, and `update` after it. What is
+    not finite never reaches a state; nor does a norm of 0, which says nothing of the others' size.
     """
 
     norm_type: float = 2.0
     changes_gradients: ClassVar[bool] = True
+    takes_sparse: ClassVar[bool] = True  # one factor for all works on any layout
+    wants_loss: ClassVar[bool] = False  # whether `Measurement.loss` is to be filled in
 
     @abstractmethod
     def init(self) -> S:
@@ -37,8 +41,16 @@ class Policy(ABC, Generic[S]):
     def decide(self, measurement: Measurement, state: S) -> Decision:
         """What to do with this gradient."""
 
-    def update(self, state: S, norm: float) -> S:  # noqa: ARG002 - the rule where nothing is learnt
-        """The state after a step whose pre-clip norm was `norm` (finite)."""
+    def update(self, state: S, norm: float, loss: float | None = None) -> S:
+        """The state after a step with this pre-clip norm and loss (None: not known)."""
+        if not (math.isfinite(norm) and norm > 0.0):
+            return state
+        if loss is not None:
+            loss = min(max(loss, -_GREATEST), _GREATEST) if math.isfinite(loss) else None
+        return self.learn(state, min(norm, _GREATEST), loss)
+
+    def learn(self, state: S, norm: float, loss: float | None) -> S:  # noqa: ARG002
+        """`update` for a norm that is above 0, both finite. Here: nothing is learnt."""
         return state
 
     def threshold(self, state: S) -> float | None:  # noqa: ARG002
@@ -60,7 +72,7 @@ class Policy(ABC, Generic[S]):
         for name, field in fields.items():
             value = getattr(self, name)
             if field.default is dataclasses.MISSING:
-                shown.append(f"{value!r}")
+                shown.append(str(value) if isinstance(value, Policy) else f"{value!r}")
             elif value != field.default:
                 shown.append(f"{name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
@@ -68,8 +80,15 @@ class Policy(ABC, Generic[S]):
     def describe(self) -> dict[str, Any]:
         """The policy's name and arguments, as `runs.settings` keeps them."""
         fields: dict[str, Any] = getattr(self, "__dataclass_fields__", {})
-        arguments = {name: getattr(self, name) for name in fields}
-        return {"policy": type(self).__name__, **arguments}
+        described: dict[str, Any] = {}
+        for name in fields:
+            value = getattr(self, name)
+            # An argument that is a policy must not stand in the place of this one's name.
+            if isinstance(value, Policy):
+                described["inner"] = value.describe()
+            else:
+                described[name] = value
+        return {"policy": type(self).__name__, **described}
 
 
 def positive(policy: Policy[Any], name: str, *, finite: bool = True) -> None:
@@ -88,3 +107,27 @@ def positive(policy: Policy[Any], name: str, *, finite: bool = True) -> None:
         msg = f"{type(policy).__name__}({name}={value!r}): {name} must be {kind}{hint}"
         raise ConfigurationError(msg)
     object.__setattr__(policy, name, number)
+
+
+def whole(policy: Policy[Any], name: str, *, least: int = 1) -> None:
+    """Check that an argument is a whole number from `least` on.
+
+    Raises `ConfigurationError` naming policy, argument and value.
+    """
+    value = getattr(policy, name)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        msg = f"{type(policy).__name__}({name}={value!r}): {name} must be a whole number, {least} or more"
+        raise ConfigurationError(msg)
+
+
+def bounded(threshold: float) -> float:
+    """A threshold that arithmetic may have driven to 0 or inf, kept finite and above 0."""
+    return min(max(threshold, sys.float_info.min), sys.float_info.max)
+
+
+def quantile(ordered: Sequence[float], q: float) -> float:
+    """The linearly interpolated quantile of sorted values, as numpy's default."""
+    position = q * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from gradwatch.policies.base import Policy, positive
 from gradwatch.records import Clamp, Measurement
@@ -31,6 +32,7 @@ class ClipValue(Policy[None]):
     """
 
     clip_value: float
+    takes_sparse: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the argument."""

@@ -7,7 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.errors import ConfigurationError
-from gradwatch.policies.base import Policy, positive
+from gradwatch.policies.base import Policy, bounded, positive, quantile
 from gradwatch.records import Measurement, Scale
 
 if TYPE_CHECKING:
@@ -82,22 +82,25 @@ class TargetRatio(Policy[TargetRatioState]):
         """Scale to the threshold that the steps before this one gave."""
         return Scale(state.threshold)
 
-    def update(self, state: TargetRatioState, norm: float) -> TargetRatioState:
+    def learn(
+        self,
+        state: TargetRatioState,
+        norm: float,
+        loss: float | None,  # noqa: ARG002
+    ) -> TargetRatioState:
         """Take the norm in, move the offset, and set the next step's threshold."""
-        if not (math.isfinite(norm) and norm > 0.0):
-            return state
         target = (self.low + self.high) / 2
         seen = len(state.norms)
         norms = (*state.norms, norm)[-_WINDOW:]
         offset = state.offset
         if seen >= _FEEDBACK_FROM:
             offset = min(1.0, max(-1.0, offset + _GAIN * ((norm > state.threshold) - target)))
-        threshold = _quantile(norms, 1 - target) * math.exp(offset)
+        threshold = quantile(sorted(norms), 1 - target) * math.exp(offset)
         if seen >= _RISE_LIMIT_FROM:
             threshold = min(threshold, state.threshold * _RISE)
         if self.cap is not None:
             threshold = min(threshold, self.cap)
-        return TargetRatioState(threshold, offset, norms)
+        return TargetRatioState(bounded(threshold), offset, norms)
 
     def threshold(self, state: TargetRatioState) -> float:
         """The threshold of the next step."""
@@ -116,12 +119,3 @@ class TargetRatio(Policy[TargetRatioState]):
         return TargetRatioState(
             float(dumped["threshold"]), float(dumped["offset"]), tuple(dumped["norms"])
         )
-
-
-def _quantile(values: tuple[float, ...], q: float) -> float:
-    """The linearly interpolated quantile, as numpy's default."""
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    below = int(position)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
