@@ -19,6 +19,7 @@ from gradwatch.errors import AlreadyWrappedError, ConfigurationError, NotWrapped
 from gradwatch.hooks import OnNonFinite, StepHooks
 from gradwatch.names import ParameterNames
 from gradwatch.notices import Notices
+from gradwatch.peers import Peers
 from gradwatch.policies import ClipNorm, Policy
 from gradwatch.records import RunInfo
 from gradwatch.sinks import NullSink
@@ -155,10 +156,11 @@ class Agent:
         self._uid_source: UidSource = "fresh"
         self._channel: Channel | None = None
         self._closed = False
-        self._recording = (
-            not self._settings.disabled and identity.rank_and_world(os.environ)[0] == 0
-        )
-        self._metrics_url = self._pipeline.export(self._settings) if self._recording else None
+        self._recording = not self._settings.disabled
+        self._ordinal = self._pipeline.next_run()
+        self._attempts = 0
+        exports = self._recording and identity.rank_and_world(os.environ)[0] == 0
+        self._metrics_url = self._pipeline.export(self._settings) if exports else None
         self._hooks = StepHooks(
             optimizer,
             parts,
@@ -248,7 +250,7 @@ class Agent:
             self._uid, self._uid_source = identity.run_uid(
                 self._pipeline.job,
                 setting=self._settings.run_id,
-                ordinal=self._pipeline.next_run(),
+                ordinal=self._ordinal,
             )
         return self._uid
 
@@ -312,8 +314,10 @@ class Agent:
     def _begin_attempt(self, optimizer: Optimizer) -> Tape:
         """At the first step: who the run is, its ring, its way to the sinks."""
         rank, world_size = identity.rank_and_world(os.environ)
-        self._hooks.notices.rank = rank
-        if not self._recording or rank != 0:
+        self._hooks.notices.rank, self._hooks.notices.alone = rank, world_size == 1
+        self._attempts += 1
+        peers = Peers.of(self._ordinal, self._attempts) if world_size > 1 else None
+        if not self._recording or (rank != 0 and peers is None):
             return NullTape()
         from gradwatch import channel, rings  # noqa: PLC0415 - see __init__
 
@@ -339,9 +343,11 @@ class Agent:
         run = dataclasses.replace(
             run, settings={**run.settings, "ring": str(ring.path) if ring.path else None}
         )
+        if peers is not None and rank == 0:
+            peers.lead(run.ring)
         store = self._sink or self._pipeline.store_sink(self._settings.store)
         metrics = self._pipeline.metrics if self._metrics_url else NullSink()
-        self._channel = channel.Channel(run, ring, store, metrics)
+        self._channel = channel.Channel(run, ring, store, metrics, peers)
         self._pipeline.attach(self._channel, self._settings)
         return self._channel
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
 from gradwatch.habits import ClippedTwice
+from gradwatch.sinks import NotYetError
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
+    from gradwatch.peers import Peers
     from gradwatch.recorder import Ring
     from gradwatch.records import Finding, RunInfo, RunStatus
     from gradwatch.sinks import Sink
@@ -37,9 +40,12 @@ class Outlet:
 class Channel:
     """The tape of one run: written by the training thread, emptied by the worker."""
 
-    def __init__(self, run: RunInfo, ring: Ring, store: Sink, metrics: Sink) -> None:
+    def __init__(
+        self, run: RunInfo, ring: Ring, store: Sink, metrics: Sink, peers: Peers | None = None
+    ) -> None:
         self.run = run
         self.ring = ring
+        self._peers = peers
         self.store = Outlet("store", store)
         self.metrics = Outlet("metrics", metrics)
         self.habits = ClippedTwice()
@@ -58,6 +64,16 @@ class Channel:
         self.status = status
         self.deadline = deadline
         self.urgent = self.closing = True
+
+    def find_leader(self) -> None:
+        """On a rank other than 0: whose run this is. Raises `NotYetError` while it is unknown."""
+        if self.run.rank == 0 or self.run.leader is not None or self._peers is None:
+            return
+        leader = self._peers.leader()
+        if leader is None:
+            msg = f"rank 0 has not begun the run that rank {self.run.rank} belongs to"
+            raise NotYetError(msg)
+        self.run = dataclasses.replace(self.run, leader=leader)
 
     def lose(self, reason: str, count: int = 1) -> None:
         """Count records that will not reach the store."""

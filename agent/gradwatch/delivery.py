@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch.events import decode
 from gradwatch.records import Batch, Event, LayerNorms
-from gradwatch.sinks import CursorMovedError, SinkError
+from gradwatch.sinks import CursorMovedError, NotYetError, SinkError
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
@@ -67,6 +67,8 @@ class Delivery:
             outlet.failures += 1
             pause = min(_RETRY_SECONDS, self.retry * 2.0**outlet.failures)
             outlet.retry_at = self._clock.monotonic() + pause
+            if isinstance(error, NotYetError):
+                return
             where = channel.ring.path or "memory"
             self._troubles.report(fault, f"{error}; records are kept in {where}")
         else:
@@ -76,6 +78,7 @@ class Delivery:
 
     def _open(self, channel: Channel, outlet: Outlet) -> None:
         if outlet.run is None:
+            channel.find_leader()
             outlet.run = outlet.sink.open(channel.run)
             if outlet is channel.store:
                 channel.run = outlet.run
@@ -148,7 +151,7 @@ class Delivery:
         )
 
     def _inspect(self, channel: Channel, batch: Batch) -> None:
-        finding = channel.habits.observe(batch.steps)
+        finding = channel.habits.observe(batch.steps) if channel.run.rank == 0 else None
         if finding is not None:
             channel.findings.append(finding)
             logger.warning("gradwatch: %s %s", finding.message, finding.advice)

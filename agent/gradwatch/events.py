@@ -116,9 +116,17 @@ class LossSpikes:
 
 
 def nonfinite_gradient(
-    step: int, time: float, rank: int, faults: Mapping[str, str], tensors: int, *, skipped: bool
+    step: int,
+    time: float,
+    ranks: Sequence[int],
+    faults: Mapping[str, str],
+    tensors: int,
+    *,
+    skipped: bool,
 ) -> Event:
     """The gradient held NaN or inf. `faults`: parameter → nan | inf | nan+inf, in model order.
+
+    `ranks` are those whose part of the gradient shows it, where that is known.
 
     Gradients flow backwards: what is non-finite at one layer makes the layers before it
     non-finite and leaves those after it finite. So it entered at the last non-finite parameter;
@@ -149,8 +157,9 @@ def nonfinite_gradient(
             "entered": "forward" if every else "backward",
             "tensors": tensors,
             "skipped": skipped,
+            "ranks": list(ranks),
         },
-        rank,
+        ranks[0] if len(ranks) == 1 else None,
     )
 
 

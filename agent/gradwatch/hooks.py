@@ -18,6 +18,7 @@ from gradwatch.policies import ClipValue
 from gradwatch.recorder import FLAGS
 from gradwatch.records import Scale, Skip, StepRecord
 from gradwatch.scaling import Carrier
+from gradwatch.shards import full
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,10 +63,6 @@ class _OpenStep:
         self.messages: list[bytes] = []
         self.error: NonFiniteGradientError | None = None  # to raise once recorded
         self.by_hand: tuple[Tensor, int] | None = None  # a gradient clip() saw, and its version
-
-    @property
-    def tensors(self) -> int:
-        return sum(len(m.grads) for m in self.measured)
 
 
 class StepHooks:
@@ -332,7 +329,7 @@ class StepHooks:
         faults = self.notices.faults(step.measured, optimizer)
         skipped = self.on_nonfinite != "ignore"
         step.flags |= FLAGS.NONFINITE
-        event = self.notices.nonfinite(self.step, step.time, faults, step.tensors, skipped=skipped)
+        event = self.notices.nonfinite(self.step, step.time, faults, step.measured, skipped=skipped)
         if skipped:
             step.flags |= FLAGS.SKIPPED
             if not by_hand:
@@ -414,7 +411,7 @@ class StepHooks:
                 if isinstance(part.policy, ClipValue):
                     torch.nn.utils.clip_grad_value_(params, part.policy.clip_value * scale)
                 elif not math.isnan(part.threshold):
-                    total = torch.nn.utils.get_total_norm(grads, part.policy.norm_type)
+                    total = full(torch.nn.utils.get_total_norm(grads, part.policy.norm_type))
                     if torch.isfinite(total):
                         limit = part.threshold * scale
                         torch.nn.utils.clip_grads_with_norm_(params, limit, total)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 
 from gradwatch.records import Measurement
+from gradwatch.shards import Shards, local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +35,7 @@ class Meter:
         self.norm_type = norm_type
         self._ids: list[int] = []
         self._plan = _Plan([], [], [], [])
+        self._shards: Shards | None = None
 
     def measure(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0
@@ -48,20 +50,25 @@ class Meter:
         norm_type = self.norm_type
         ids = list(map(id, params))
         if ids != self._ids:
-            self._plan = _plan(grads, norm_type)
+            self._shards = Shards.of(grads)
+            self._plan = _plan(list(map(local, grads)), norm_type)
             self._ids = ids
+        held = grads if self._shards is None else list(map(local, grads))
         try:
-            norms = _norms(grads, norm_type, self._plan)
+            norms = _norms(held, norm_type, self._plan)
         except (RuntimeError, NotImplementedError):
             # A gradient changed its layout (sparse, not contiguous) since the plan was made.
-            self._plan = _plan(grads, norm_type)
-            norms = _norms(grads, norm_type, self._plan)
+            self._plan = _plan(held, norm_type)
+            norms = _norms(held, norm_type, self._plan)
         total = combine(norms, norm_type)
         if total == 0.0 or not math.isfinite(total):
             norms = [
                 n if math.isfinite(n) and n > 0.0 else _wide_norm(g, norm_type)
-                for n, g in zip(norms, grads, strict=True)
+                for n, g in zip(norms, held, strict=True)
             ]
+            total = combine(norms, norm_type)
+        if self._shards is not None:
+            norms = self._shards.norms(norms, norm_type)
             total = combine(norms, norm_type)
         if scale != 1.0:
             norms = [n / scale for n in norms]
@@ -71,7 +78,10 @@ class Meter:
 
 def tensor_norms(tensors: Sequence[Tensor], norm_type: float = 2.0) -> list[float]:
     """‖t‖_p of each tensor, in order; squares may overflow to inf (see `Meter.measure`)."""
-    return _norms(tensors, norm_type, _plan(tensors, norm_type))
+    held = list(map(local, tensors))
+    norms = _norms(held, norm_type, _plan(held, norm_type))
+    shards = Shards.of(tensors)
+    return norms if shards is None else shards.norms(norms, norm_type)
 
 
 def max_abs(grads: Sequence[Tensor]) -> float:
@@ -80,7 +90,8 @@ def max_abs(grads: Sequence[Tensor]) -> float:
 
 
 def fault(tensor: Tensor) -> Literal["nan", "inf", "nan+inf"] | None:
-    """Which non-finite values a tensor holds, None where it holds none."""
+    """Which non-finite values this rank holds of a tensor, None where it holds none."""
+    tensor = local(tensor)
     values = tensor.coalesce().values() if tensor.is_sparse else tensor
     nan = bool(torch.isnan(values).any())
     inf = bool(torch.isinf(values).any())
@@ -101,7 +112,7 @@ class _Plan(NamedTuple):
 def _plan(tensors: Sequence[Tensor], norm_type: float) -> _Plan:
     plan = _Plan([], [], [], [])
     for i, tensor in enumerate(tensors):
-        if tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided or tensor.numel() == 0:
             kind = plan.other
         elif (
             norm_type == 2.0
@@ -120,7 +131,7 @@ def _plan(tensors: Sequence[Tensor], norm_type: float) -> _Plan:
 
 def _norms(tensors: Sequence[Tensor], norm_type: float, plan: _Plan) -> list[float]:
     if len(plan.small) == len(tensors):
-        return [n.item() for n in torch._foreach_norm(list(tensors), norm_type)] if tensors else []
+        return _read(torch._foreach_norm(list(tensors), norm_type)) if tensors else []
     norms = [0.0] * len(tensors)
     for i in plan.large:
         norms[i] = _large_norm(tensors[i])
@@ -129,9 +140,16 @@ def _norms(tensors: Sequence[Tensor], norm_type: float, plan: _Plan) -> list[flo
     for index, dtype in ((plan.small, None), (plan.half, torch.float32)):
         if index:
             found = torch._foreach_norm([tensors[i] for i in index], norm_type, dtype=dtype)
-            for i, norm in zip(index, found, strict=True):
-                norms[i] = norm.item()
+            for i, norm in zip(index, _read(found), strict=True):
+                norms[i] = norm
     return norms
+
+
+def _read(norms: Sequence[Tensor]) -> list[float]:
+    if norms[0].is_cpu:
+        return [norm.item() for norm in norms]
+    values: list[float] = torch.stack(list(norms)).tolist()  # one wait for the device
+    return values
 
 
 def _large_norm(tensor: Tensor) -> float:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch import events
 from gradwatch.norms import fault, tensor_norms
+from gradwatch.shards import Shards
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,6 +28,7 @@ class Notices:
 
     def __init__(self, names: ParameterNames, layer_norms_every: int | None) -> None:
         self.rank = 0
+        self.alone = True  # no other rank has a part in these gradients
         self._names = names
         self._every = layer_norms_every
         self._norm_spikes = events.NormSpikes()
@@ -41,8 +43,9 @@ class Notices:
         names = self._names.of(params, optimizer)
         found: dict[str, str] = {}
         for i in self._names.in_model_order(params, optimizer):
-            if not math.isfinite(norms[i]) and (kind := fault(grads[i])) is not None:
-                found[names[i]] = kind
+            if not math.isfinite(norms[i]):
+                # Where another rank holds it, its norm alone tells.
+                found[names[i]] = fault(grads[i]) or ("nan" if math.isnan(norms[i]) else "inf")
         return found
 
     def gradient(
@@ -71,10 +74,21 @@ class Notices:
         return events.loss_spike(step, time, self.rank, loss, *spike)
 
     def nonfinite(
-        self, step: int, time: float, faults: dict[str, str], tensors: int, *, skipped: bool
+        self,
+        step: int,
+        time: float,
+        faults: dict[str, str],
+        measured: Sequence[Measurement],
+        *,
+        skipped: bool,
     ) -> Event:
-        """A gradient with NaN or inf."""
-        return events.nonfinite_gradient(step, time, self.rank, faults, tensors, skipped=skipped)
+        """A gradient with NaN or inf. After an all-reduce nobody knows whose it was."""
+        grads = [g for m in measured for g in m.grads]
+        ranks = [self.rank] if self.alone else []
+        shards = Shards.of(grads)
+        if shards is not None:
+            ranks = shards.ranks_with(any(fault(g) is not None for g in grads))
+        return events.nonfinite_gradient(step, time, ranks, faults, len(grads), skipped=skipped)
 
     def overflow(self, step: int, time: float, loss_scale: float) -> Event:
         """A step that the loss scaler suppressed."""

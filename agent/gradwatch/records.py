@@ -153,7 +153,8 @@ class RunInfo:
     """Who a run is. Known before its first step; `uid` and `name` may be settled by the store.
 
     `uid_source` says whether `uid` came from a checkpoint ("state"), from the user ("setting"),
-    from the launcher ("launcher") or is new ("fresh").
+    from the launcher ("launcher") or is new ("fresh"). `leader` is the ring of rank 0 on the other
+    ranks, whose runs it is.
     """
 
     uid: str
@@ -170,6 +171,7 @@ class RunInfo:
     metrics_url: str | None
     tags: Mapping[str, Any]
     settings: Mapping[str, Any]
+    leader: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

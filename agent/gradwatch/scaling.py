@@ -15,6 +15,7 @@ import torch
 
 from gradwatch.norms import Meter, combine, max_abs
 from gradwatch.records import Applied, Clamp, Decision, Keep, Measurement, Scale, ScaleEach
+from gradwatch.shards import full, local
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -169,7 +170,7 @@ class Carrier:
                 self._replace_grad_scale(optimizer, torch.ones((), device=grads[0].device))
             else:
                 limit *= measured.scale
-        total = torch.nn.utils.get_total_norm(grads, measured.norm_type)
+        total = full(torch.nn.utils.get_total_norm(grads, measured.norm_type))
         torch.nn.utils.clip_grads_with_norm_(measured.params, limit, total)
         coefficient = min(1.0, limit / (total.item() + CLIP_EPSILON))
         return Applied(coefficient < 1.0, measured.norm * coefficient)
@@ -181,6 +182,7 @@ class Carrier:
 
 
 def _multiply(grads: Sequence[Tensor], factor: float) -> None:
+    grads = list(map(local, grads))
     with torch.no_grad():
         dense = [g for g in grads if g.layout is torch.strided]
         if dense:
@@ -193,9 +195,9 @@ def _multiply(grads: Sequence[Tensor], factor: float) -> None:
 
 def _clamp(limit: float, measured: Measurement) -> Applied:
     limit *= measured.scale
-    grads = list(measured.grads)
-    if max_abs(grads) <= limit:
+    if max_abs(measured.grads) <= limit:
         return Applied(False, measured.norm)
+    grads = list(map(local, measured.grads))
     with torch.no_grad():
         torch._foreach_clamp_min_(grads, -limit)
         torch._foreach_clamp_max_(grads, limit)
@@ -215,7 +217,7 @@ def _scale_each(factors: Sequence[float | Tensor], measured: Measurement) -> App
                 clipped = True
             else:
                 norms = None
-                if not bool((factor != 1.0).any()):
+                if not bool(full(factor != 1.0).any()):
                     continue
                 clipped = True
             grad.mul_(factor)

@@ -62,8 +62,8 @@ class AdaptiveGradientClip(Policy[None]):
         """A factor for each unit of each tensor."""
         factors = []
         for param, grad in zip(measurement.params, measurement.grads, strict=True):
-            greatest = _unit_norms(param).clamp_(min=self.eps).mul_(self.clipping)
-            norms = _unit_norms(grad).div_(measurement.scale)
+            greatest = _unit_norms(param).clamp(min=self.eps) * self.clipping
+            norms = _unit_norms(grad) / measurement.scale
             factor = greatest / norms.clamp(min=_SMALLEST_NORM)
             factors.append(torch.where(norms > greatest, factor, 1.0))
         return ScaleEach(factors)

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from gradwatch.records import Batch, RunInfo, RunStatus
 
-__all__ = ["CursorMovedError", "NullSink", "Sink", "SinkError"]
+__all__ = ["CursorMovedError", "NotYetError", "NullSink", "Sink", "SinkError"]
 
 
 class SinkError(Exception):
     """The sink cannot take the batch now; it stays in the ring and is offered again."""
+
+
+class NotYetError(SinkError):
+    """The run that this rank belongs to is not there yet: no trouble, to be tried again."""
 
 
 class CursorMovedError(Exception):

@@ -73,7 +73,7 @@ class DatabaseSink:
     def close(self, run: RunInfo, status: RunStatus | None) -> None:
         """Note how the run ended. The ring's cursor stays: its file may outlive it."""
         stored = self._stored[run.ring]
-        if status is not None:
+        if status is not None and run.rank == 0:
             now = self._clock()
             with self._transaction() as connection:
                 connection.execute(

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from gradwatch import identity
 from gradwatch.records import Event
 from gradwatch.schema import attempts, rings, runs
+from gradwatch.sinks import NotYetError
 from gradwatch.sinks.rows import Stored
 
 if TYPE_CHECKING:
@@ -42,7 +43,9 @@ def register(connection: sa.Connection, run: RunInfo, now: float) -> Registratio
     ).one_or_none()
     if mine:
         run = dataclasses.replace(run, name=mine.name, uid=mine.uid)
-        return Registration(run, Stored(mine.run_id, mine.attempt), None)
+        return Registration(run, Stored(mine.run_id, mine.attempt, run.rank), None)
+    if run.leader is not None:
+        return _join(connection, run, run.leader)
 
     known = connection.execute(sa.select(runs).where(runs.c.uid == run.uid)).one_or_none()
     if known and run.uid_source == "launcher" and known.status == "finished":
@@ -61,6 +64,26 @@ def register(connection: sa.Connection, run: RunInfo, now: float) -> Registratio
             run_id=stored.run_id, attempt=stored.attempt, start_step=run.start_step
         )
     )
+    _insert_ring(connection, run, stored)
+    return Registration(run, stored, resumed)
+
+
+def _join(connection: sa.Connection, run: RunInfo, leader: str) -> Registration:
+    """The run and attempt of rank 0's ring; `NotYetError` where it is not in this store yet."""
+    found = connection.execute(
+        sa.select(rings.c.run_id, rings.c.attempt, runs.c.name, runs.c.uid)
+        .join(runs, runs.c.id == rings.c.run_id)
+        .where(rings.c.ring == leader)
+    ).one_or_none()
+    if found is None:
+        msg = f"the run that rank {run.rank} belongs to is not in this store yet"
+        raise NotYetError(msg)
+    stored = Stored(found.run_id, found.attempt, run.rank)
+    _insert_ring(connection, run, stored)
+    return Registration(dataclasses.replace(run, name=found.name, uid=found.uid), stored, None)
+
+
+def _insert_ring(connection: sa.Connection, run: RunInfo, stored: Stored) -> None:
     connection.execute(
         sa.insert(rings).values(
             ring=run.ring,
@@ -73,7 +96,6 @@ def register(connection: sa.Connection, run: RunInfo, now: float) -> Registratio
             event_cursor=0,
         )
     )
-    return Registration(run, stored, resumed)
 
 
 def _insert_run(connection: sa.Connection, run: RunInfo, now: float) -> int:

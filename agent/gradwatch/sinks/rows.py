@@ -29,21 +29,23 @@ __all__ = [
 
 _NUMBERS = ("loss", "lr", "pre_norm", "post_norm", "threshold", "loss_scale")
 _BITS = (FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED)
+OWN_EVENTS = frozenset({"nonfinite_loss", "loss_spike", "records_dropped"})
 _COLUMNS = [column.name for column in schema.step_records.columns]
 
 
 class Stored(NamedTuple):
-    """Where a ring's records go."""
+    """Where a ring's records go. The steps on record are those of rank 0."""
 
     run_id: int
     attempt: int
+    rank: int = 0
 
 
 def insert_steps(
     connection: sa.Connection, stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]
 ) -> None:
     """Store step records through the driver's executemany, a third of SQLAlchemy's own time."""
-    if not len(steps):
+    if not len(steps) or stored.rank != 0:
         return
     mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
     marks = ", ".join([mark] * len(_COLUMNS))
@@ -55,7 +57,9 @@ def insert_steps(
 
 
 def insert_events(connection: sa.Connection, stored: Stored, events: Sequence[Event]) -> None:
-    """Store events."""
+    """Store events; of another rank than 0 only those that are its own, not the gradient's."""
+    if stored.rank != 0:
+        events = [event for event in events if event.kind in OWN_EVENTS]
     rows = [
         {
             "run_id": stored.run_id,
@@ -76,6 +80,8 @@ def insert_events(connection: sa.Connection, stored: Stored, events: Sequence[Ev
 
 def insert_layers(connection: sa.Connection, stored: Stored, samples: Sequence[LayerNorms]) -> None:
     """Store samples of the layer norms."""
+    if stored.rank != 0:
+        return
     rows = [
         {
             "run_id": stored.run_id,
