@@ -134,6 +134,7 @@ class Agent:
     ) -> None:
         """Instrument the optimizer; see `wrap`."""
         parts = arguments.parts(optimizer, clip)
+        arguments.model_and_scaler(model, scaler)
         arguments.sparse(optimizer, model, parts)
         on_nonfinite = arguments.on_nonfinite(optimizer, parts, on_nonfinite)
         self._settings = arguments.settings_of(settings, run, store, metrics_port)
@@ -157,6 +158,7 @@ class Agent:
         self._channel: Channel | None = None
         self._closed = False
         self._recording = not self._settings.disabled
+        self._unrecorded = False  # steps were taken that nothing will ever store
         self._ordinal = self._pipeline.next_run()
         self._attempts = 0
         exports = self._recording and identity.rank_and_world(os.environ)[0] == 0
@@ -180,7 +182,8 @@ class Agent:
         )
         self._pipeline.in_child(self._forked)
         # The pipeline ends every run at exit; this one is for an optimizer that goes before.
-        weakref.finalize(optimizer, self._end, "finished", 0.0).atexit = False
+        self._finalizer = weakref.finalize(optimizer, self._optimizer_is_gone)
+        self._finalizer.atexit = False
         _agents[optimizer] = self
 
     @classmethod
@@ -207,7 +210,8 @@ class Agent:
                     "right would be loss.mean()"
                 )
                 raise ConfigurationError(msg)
-            self._hooks.loss = loss.detach()
+            # By value: the loop may write into this memory before the step.
+            self._hooks.loss = loss.item() if loss.is_cpu else loss.detach().clone()
             return
         try:
             self._hooks.loss = float(loss)
@@ -220,10 +224,11 @@ class Agent:
 
         For loops that want the norm in hand: between `backward()` (and `scaler.unscale_`) and
         `step()`. The step's hook then neither measures nor clips again; a non-finite gradient is
-        dealt with at the step. Returns a 0-d tensor on the gradients' device.
+        dealt with at the step. Returns a 0-d tensor on the gradients' device. Goes on clipping once
+        the agent is closed.
         """
         optimizer = self._optimizer()
-        if optimizer is None or self._closed:
+        if optimizer is None:
             return torch.tensor(math.nan)
         if self._scaler is not None:
             self._scaler.unscale(optimizer)
@@ -261,7 +266,9 @@ class Agent:
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until all that was recorded is stored; False where it was not in `timeout` s."""
-        return self._channel is None or self._pipeline.flush(self._channel, timeout)
+        if self._channel is None:
+            return not self._unrecorded
+        return self._pipeline.flush(self._channel, timeout)
 
     def close(self) -> None:
         """Store what is left, end the run as finished, and take the hooks off. Idempotent."""
@@ -303,7 +310,8 @@ class Agent:
             same = self._channel.run.uid == state["run_id"]
             self._pipeline.close(self._channel, None if same else "finished", CLOSE_SECONDS)
             self._channel = None
-        self._hooks.new_attempt()
+        if (optimizer := self._optimizer()) is not None:
+            self._hooks.new_attempt(optimizer)
         self._hooks.step = state["step"]
         for part, loaded in zip(self._hooks.parts, states, strict=True):
             part.state = loaded
@@ -312,7 +320,18 @@ class Agent:
     # -- beginning and ending ------------------------------------------------------------------
 
     def _begin_attempt(self, optimizer: Optimizer) -> Tape:
-        """At the first step: who the run is, its ring, its way to the sinks."""
+        """At the first step: the channel, or where none can be made the null tape, said once."""
+        try:
+            return self._open_channel(optimizer)
+        except Exception as error:  # noqa: BLE001 - the border with the training loop
+            self._unrecorded = True
+            self._pipeline.troubles.report(
+                "begin", f"nothing is recorded ({type(error).__name__}: {error})"
+            )
+            return NullTape()
+
+    def _open_channel(self, optimizer: Optimizer) -> Tape:
+        """Who the run is, its ring, its way to the sinks."""
         rank, world_size = identity.rank_and_world(os.environ)
         self._hooks.notices.rank, self._hooks.notices.alone = rank, world_size == 1
         self._attempts += 1
@@ -355,14 +374,27 @@ class Agent:
         if self._closed:
             return
         self._closed = True
+        self._finalizer.detach()
         for handle in self._handles:
             handle.remove()
         if (optimizer := self._optimizer()) is not None:
             _agents.pop(optimizer, None)
+            self._hooks.new_attempt(optimizer, NullTape())
             if self._scaler is not None:
                 self._scaler.off(optimizer)
         if self._channel is not None:
             self._pipeline.close(self._channel, status, timeout)
+
+    def _optimizer_is_gone(self) -> None:
+        """The run ends, stored in the worker's own time.
+
+        The garbage collector calls this, in any thread and in the middle of anything: no lock is
+        taken here, the worker's wake-up included.
+        """
+        if not self._closed:
+            self._closed = True
+            if self._channel is not None:
+                self._pipeline.let_end(self._channel)
 
     def _forked(self) -> None:
         """In a forked child: go on clipping, record nothing, touch nothing of the parent's."""

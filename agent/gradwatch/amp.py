@@ -52,7 +52,9 @@ class ScalerWatch:
         return float(self._scaler.get_scale()) if self._scaler.is_enabled() else math.nan
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """Unscale the gradients, unless that was done for this step."""
+        """Unscale the gradients, unless that was done for this step or nothing was scaled yet."""
+        if not self._scaler.is_enabled() or self._scaler._scale is None:
+            return
         try:
             self._scaler.unscale_(optimizer)
         except RuntimeError:

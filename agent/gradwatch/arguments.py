@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -133,14 +134,36 @@ def tags(tags: object) -> dict[str, Any]:
     if not isinstance(tags, Mapping):
         msg = f"tags={tags!r}: a dict of your own facts, as in tags={{'batch_size': 64}}"
         raise ConfigurationError(msg)
-    return {str(key): value for key, value in tags.items()}
+    from gradwatch.sinks.rows import strict_json  # noqa: PLC0415 - SQLAlchemy loads with it
+
+    try:
+        plain: dict[str, Any] = json.loads(strict_json({str(k): v for k, v in tags.items()}))
+    except (TypeError, ValueError, RecursionError) as error:
+        msg = f"tags: not to be had as JSON ({error}); take text, numbers, lists and dicts of them"
+        raise ConfigurationError(msg) from None
+    return plain
+
+
+def model_and_scaler(model: Any, scaler: Any) -> None:
+    """Refuse what is no model and no gradient scaler."""
+    if model is not None and not isinstance(model, torch.nn.Module):
+        msg = f"model={type(model).__name__}: the torch.nn.Module whose parameters are optimized"
+        raise ConfigurationError(msg)
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        msg = f"scaler={type(scaler).__name__}: a torch.amp.GradScaler"
+        raise ConfigurationError(msg)
 
 
 def loaded(state: Mapping[str, Any], parts: list[Part]) -> list[Any]:
     """The policies' states from an agent's state_dict, checked against the policies there are."""
     try:
         names = [entry["policy"] for entry in state["policies"]]
-        good = state["version"] == 1 and isinstance(state["run_id"], str) and state["step"] >= 0
+        good = (
+            state["version"] == 1
+            and isinstance(state["run_id"], str)
+            and isinstance(state["step"], int)
+            and state["step"] >= 0
+        )
     except (TypeError, KeyError):
         good = False
     if not good:
@@ -150,10 +173,14 @@ def loaded(state: Mapping[str, Any], parts: list[Part]) -> list[Any]:
     if names != ours:
         msg = f"the state is of {', '.join(names)}; this agent has {', '.join(ours)}"
         raise ConfigurationError(msg)
-    return [
-        part.policy.load(entry["state"])
-        for part, entry in zip(parts, state["policies"], strict=True)
-    ]
+    try:
+        return [
+            part.policy.load(entry["state"])
+            for part, entry in zip(parts, state["policies"], strict=True)
+        ]
+    except (TypeError, KeyError, ValueError) as error:
+        msg = f"the state of a policy is not as state_dict wrote it ({error!r})"
+        raise ConfigurationError(msg) from None
 
 
 def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict[str, Any]:

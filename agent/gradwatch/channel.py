@@ -31,6 +31,19 @@ class Outlet:
         self.failures = 0  # in a row
         self.retry_at = 0.0
         self.beat_at = 0.0
+        self.ended = False
+
+    def start_over(self) -> None:
+        """The sink has lost the run: to be opened and fed again, from all that the ring holds."""
+        self.run = None
+        self.steps = self.events = 0
+
+    def end(self, status: RunStatus | None) -> bool:
+        """Tell the sink, which has all, that the run has ended."""
+        if self.run is not None:
+            self.sink.close(self.run, status)
+        self.ended = True
+        return True
 
     def reached(self, target: tuple[int, int]) -> bool:
         """Whether the sink has all up to these heads of the ring."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from gradwatch.errors import ConfigurationError
@@ -26,7 +26,10 @@ _SECRET = re.compile(r"(?i)([a-z_]*(?:password|passwd|pwd|secret|token))=[^&\s]+
 
 
 class Settings(BaseSettings):
-    """All settings of the agent. Frozen; a misspelt name or a value out of range is an error."""
+    """All settings of the agent. Frozen; a wrong name or a value out of range is an error.
+
+    A misspelt environment variable cannot be told from another program's: `gradwatch doctor` does.
+    """
 
     model_config = SettingsConfigDict(env_prefix="GRADWATCH_", frozen=True, extra="forbid")
 
@@ -145,10 +148,11 @@ def resolve_store(url: str) -> str:
 
     A plain path (`runs/gradwatch.db`) is taken as an SQLite file.
     """
-    if "://" not in url and not url.startswith("sqlite:"):
-        url = f"sqlite:///{url}"
     try:
-        parsed = make_url(url)
+        if "://" not in url and not url.startswith("sqlite:"):
+            parsed = URL.create("sqlite", database=url)
+        else:
+            parsed = make_url(url)
     except (ArgumentError, ValueError):
         msg = (
             f"store {redact(url)!r} is not a database URL; "

@@ -1,6 +1,7 @@
 """Rings → sinks: read what is new, hand it over, try again later where a sink fails.
 
-Each sink has a cursor of its own, so a store that is down holds up nothing but itself.
+Each sink has a cursor of its own, so a store that fails holds up nothing but itself. (One that
+hangs holds up the worker, never the training.)
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch.events import decode
 from gradwatch.records import Batch, Event, LayerNorms
-from gradwatch.sinks import CursorMovedError, NotYetError, SinkError
+from gradwatch.sinks import CursorMovedError, NotYetError, RunForgottenError, SinkError
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
@@ -21,6 +22,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Delivery"]
 
+_LOST = {
+    "ring_full": "steps overwritten in a full flight recorder",
+    "torn": "steps torn",
+    "events": "blocks of events overwritten or torn",
+}
 _BATCH_STEPS = 20_000
 _RETRY_SECONDS = 5.0  # the longest pause between two tries of a sink that failed
 
@@ -58,34 +64,44 @@ class Delivery:
             self._finish(channel)
 
     def _try(
-        self, channel: Channel, outlet: Outlet, act: Callable[[Channel, Outlet], None]
+        self, channel: Channel, outlet: Outlet, act: Callable[[Channel, Outlet], bool]
     ) -> None:
+        """Do it, and note how it went; only work that the sink did shows that it works again."""
         fault = f"{outlet.name} {id(outlet.sink)}"
         try:
-            act(channel, outlet)
-        except SinkError as error:
+            worked = act(channel, outlet)
+        except Exception as error:  # noqa: BLE001 - a sink may be anybody's; the others go on
             outlet.failures += 1
             pause = min(_RETRY_SECONDS, self.retry * 2.0**outlet.failures)
             outlet.retry_at = self._clock.monotonic() + pause
             if isinstance(error, NotYetError):
                 return
+            if isinstance(error, RunForgottenError):
+                outlet.start_over()
+            known = isinstance(error, SinkError)
+            message = str(error) if known else f"the {outlet.name} failed ({error!r})"
             where = channel.ring.path or "memory"
-            self._troubles.report(fault, f"{error}; records are kept in {where}")
+            self._troubles.report(fault, f"{message}; records are kept in {where}")
         else:
-            if outlet.failures and outlet.run is not None:
+            if worked and outlet.failures:
                 outlet.failures, outlet.retry_at = 0, 0.0
                 self._troubles.clear(fault, f"the {outlet.name} takes records again")
 
-    def _open(self, channel: Channel, outlet: Outlet) -> None:
-        if outlet.run is None:
+    def _open(self, channel: Channel, outlet: Outlet) -> bool:
+        if outlet.run is not None:
+            return False
+        if outlet is channel.store:
             channel.find_leader()
-            outlet.run = outlet.sink.open(channel.run)
-            if outlet is channel.store:
-                channel.run = outlet.run
+        outlet.run = outlet.sink.open(channel.run)
+        if outlet is channel.store:
+            channel.run = outlet.run
+        return True
 
-    def _feed(self, channel: Channel, outlet: Outlet) -> None:
+    def _feed(self, channel: Channel, outlet: Outlet) -> bool:
+        """Whether anything was handed over."""
         if outlet.run is None:
-            return
+            return False
+        worked = False
         is_store = outlet is channel.store
         while not outlet.reached(channel.ring.heads) or (is_store and channel.findings):
             batch = self._batch(channel, outlet)
@@ -94,6 +110,7 @@ class Delivery:
             except CursorMovedError as moved:
                 outlet.steps, outlet.events = moved.steps, moved.events
                 continue
+            worked = True
             outlet.steps, outlet.events = batch.last
             outlet.beat_at = self._clock.monotonic() + self.heartbeat
             if is_store:
@@ -105,6 +122,8 @@ class Delivery:
         if self._clock.monotonic() >= outlet.beat_at:
             outlet.sink.heartbeat(outlet.run)
             outlet.beat_at = self._clock.monotonic() + self.heartbeat
+            worked = True
+        return worked
 
     def _batch(self, channel: Channel, outlet: Outlet) -> Batch:
         steps = channel.ring.read_steps(outlet.steps, _BATCH_STEPS)
@@ -112,7 +131,8 @@ class Delivery:
         events: list[Event] = []
         layers: list[LayerNorms] = []
         unreadable = 0
-        for payload in messages.payloads:
+        # The exporter has no use for them, and reading them twice would cost as much again.
+        for payload in messages.payloads if outlet is channel.store else ():
             item = decode(payload)
             if isinstance(item, LayerNorms):
                 layers.append(item)
@@ -121,8 +141,9 @@ class Delivery:
             else:
                 unreadable += 1
         lost = {
-            "ring_full": steps.overwritten + messages.overwritten,
-            "torn": steps.torn + messages.torn + unreadable,
+            "ring_full": steps.overwritten,
+            "torn": steps.torn,
+            "events": messages.overwritten + messages.torn + unreadable,
         }
         dropped = {reason: count for reason, count in lost.items() if count}
         if dropped:
@@ -139,13 +160,13 @@ class Delivery:
 
     def _records_dropped(self, channel: Channel, records: Any, dropped: dict[str, int]) -> Event:
         step = int(records["step"][0]) if len(records) else channel.run.start_step
-        shown = ", ".join(f"{count} ({reason})" for reason, count in dropped.items())
+        shown = ", ".join(f"{count} {_LOST[reason]}" for reason, count in dropped.items())
         return Event(
             "records_dropped",
             step,
             self._clock.time(),
             "warning",
-            f"records before step {step} were lost to the store: {shown}",
+            f"not everything before step {step} reached the store: {shown}",
             dropped,
             channel.run.rank,
         )
@@ -158,18 +179,18 @@ class Delivery:
 
     def _finish(self, channel: Channel) -> None:
         store = channel.store
+        # Open still: nothing has been stored, or the store has failed since.
         stored = store.run is not None and store.reached(channel.ring.heads)
-        if not stored and self._clock.monotonic() < channel.deadline:
+        if stored and not store.ended:
+            self._try(channel, store, lambda _, outlet: outlet.end(channel.status))
+        complete = stored and store.ended
+        if not complete and self._clock.monotonic() < channel.deadline:
             channel.urgent = True  # tried again at the next look, until the deadline
             return
-        for outlet in (channel.metrics, store):
-            if outlet.run is not None and not outlet.failures:
-                try:
-                    outlet.sink.close(outlet.run, channel.status)
-                except SinkError as error:
-                    self._troubles.report(f"close {outlet.name}", str(error))
-        channel.complete = stored
-        channel.ring.close(remove=stored)
-        if not stored:
-            channel.tell_incomplete()
+        if channel.metrics.run is not None:
+            self._try(channel, channel.metrics, lambda _, outlet: outlet.end(channel.status))
+        channel.complete = complete
         channel.closed.set()
+        channel.ring.close(remove=complete)
+        if not complete:
+            channel.tell_incomplete()

@@ -31,6 +31,8 @@ __all__ = [
 ]
 
 _NAMED = 3  # parameters spelled out in a message; all of them are in the data
+_MOST_NAMED = 4000  # parameters of one event, so that it fits the flight recorder
+_LAYERS_A_MESSAGE = 200
 
 
 class NormSpikes:
@@ -226,15 +228,41 @@ def spike_skipped(step: int, time: float, rank: int, skip: Skip) -> Event:
 def encode_event(event: Event) -> bytes:
     """An event as the flight recorder keeps it."""
     fields = {name: getattr(event, name) for name in Event.__slots__}
-    return json.dumps(fields, separators=(",", ":"), default=str).encode()
+    parameters = event.data.get("parameters", {})
+    if len(parameters) > _MOST_NAMED:
+        # The ends tell most: where a NaN entered is the last one.
+        names = list(parameters)
+        kept = names[: _MOST_NAMED // 2] + names[-_MOST_NAMED // 2 :]
+        fields["data"] = {
+            **event.data,
+            "parameters": {name: parameters[name] for name in kept},
+            "parameters_left_out": len(names) - len(kept),
+        }
+    return _encode(fields)
 
 
 def encode_layers(
     step: int, names: Sequence[str], grads: Sequence[float], weights: Sequence[float]
-) -> bytes:
-    """One sample of the per-layer norms as the flight recorder keeps it."""
-    body = {"layers": step, "names": list(names), "grad": list(grads), "weight": list(weights)}
-    return json.dumps(body, separators=(",", ":")).encode()
+) -> list[bytes]:
+    """One sample of the per-layer norms as the flight recorder keeps it: a message a few layers."""
+    return [
+        _encode(
+            {
+                "layers": step,
+                "names": list(names[i : i + _LAYERS_A_MESSAGE]),
+                "grad": list(grads[i : i + _LAYERS_A_MESSAGE]),
+                "weight": list(weights[i : i + _LAYERS_A_MESSAGE]),
+            }
+        )
+        for i in range(0, len(names), _LAYERS_A_MESSAGE)
+    ]
+
+
+def _encode(body: Mapping[str, Any]) -> bytes:
+    # What is no text in UTF-8 (a file name may not be) becomes a question mark: no database
+    # would take it.
+    text = json.dumps(body, separators=(",", ":"), default=str, ensure_ascii=False)
+    return text.encode("utf-8", "replace")
 
 
 def decode(payload: bytes) -> Event | LayerNorms | None:

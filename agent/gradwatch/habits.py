@@ -15,13 +15,14 @@ __all__ = ["ClippedTwice"]
 class ClippedTwice:
     """Recognises a loop that clips before `step()`: the norms the hook sees end at a wall.
 
-    `clip_grad_norm_(c)` leaves every norm above c at c·n/(n + 1e-6): within 1e-4 of one greatest
-    value, which natural norms do not share. Said when, of the last 50 finite norms (10 at least),
+    `clip_grad_norm_(c)` leaves every norm n above c at c·n/(n + 1e-6): within 1e-6 (and rounding)
+    of one greatest value, which natural norms do not share. Said when, of the last 50 finite norms
+    (10 at least),
 
-    - at least 3 lie within 1e-4 of the greatest, and more of them than in the nineteen times
-      wider strip below it (natural norms thin out gradually),
+    - at least 3 lie at that wall, and more of them than in the strip of 0.2 % below it (natural
+      norms thin out gradually),
     - each of these gradients was changed in place after the backward pass, and
-    - they are not all the same number (that is a gradient that does not change).
+    - they neither are all the same number nor creep one way (a gradient that hardly changes).
 
     Says so once a run. Looks at every record, and forgets all but the last 50.
     """
@@ -29,7 +30,7 @@ class ClippedTwice:
     WINDOW = 50
     FROM = 10
     AT_LEAST = 3
-    WALL = 1e-4
+    ROUNDING = 3e-6
     STRIP = 2e-3
 
     def __init__(self) -> None:
@@ -56,15 +57,17 @@ class ClippedTwice:
     def _look(self, window: np.ndarray[Any, Any]) -> Finding | None:
         norms = window["norm"]
         top = norms.max(initial=0.0)
-        wall = window[norms >= top * (1 - self.WALL)]
+        wall = window[norms >= top * (1 - self.ROUNDING) - 1.5e-6]
         strip = np.count_nonzero(norms >= top * (1 - self.STRIP)) - len(wall)
+        moves = np.diff(wall["norm"])
         if (
             len(window) < self.FROM
             or top <= 0.0
             or len(wall) < self.AT_LEAST
             or len(wall) <= strip
             or not wall["modified"].all()
-            or len(np.unique(wall["norm"])) == 1
+            or (moves >= 0).all()
+            or (moves <= 0).all()
         ):
             return None
         limit = float(f"{top:.3g}")

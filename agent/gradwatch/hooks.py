@@ -7,18 +7,19 @@ asked for (`on_nonfinite="raise"`). It is the hot path: what is rare is kept out
 from __future__ import annotations
 
 import math
+import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from gradwatch.errors import ConfigurationError, NonFiniteGradientError
+from gradwatch.errors import ConfigurationError, NonFiniteGradientError, RingError
 from gradwatch.events import encode_event
+from gradwatch.fallback import clip_plainly
 from gradwatch.norms import combine
-from gradwatch.policies import ClipValue
+from gradwatch.part import Part
 from gradwatch.recorder import FLAGS
 from gradwatch.records import Scale, Skip, StepRecord
 from gradwatch.scaling import Carrier
-from gradwatch.shards import full
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     from gradwatch.clock import Clock
     from gradwatch.notices import Notices
-    from gradwatch.part import Part
     from gradwatch.records import Event, Measurement
     from gradwatch.tape import Tape
 
@@ -36,6 +36,7 @@ __all__ = ["OnNonFinite", "StepHooks"]
 
 OnNonFinite = Literal["skip", "raise", "ignore"]
 _nan = math.nan
+_WATCHED = "_gradwatch_watches_it"  # marks a closure that was wrapped already
 
 
 class _OpenStep:
@@ -88,6 +89,7 @@ class StepHooks:
         self.loss: Tensor | float | None = None  # of the coming step
         self.tape: Tape | None = None  # there from the first step on
         self._only = parts[0] if len(parts) == 1 else None
+        self._by_group = parts[0].group is not None
         self._wants_loss = any(part.policy.wants_loss for part in parts)
         self._carrier = Carrier(optimizer, fold=fold)
         self._time = clock.time
@@ -95,6 +97,7 @@ class StepHooks:
         self._start = start
         self._report = report
         self._open: _OpenStep | None = None
+        self._nested = 0  # calls of super().step() that are under way inside a step()
         self._last: tuple[Any, ...] | None = None
 
     # -- the hooks -----------------------------------------------------------------------------
@@ -104,7 +107,14 @@ class StepHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before `step()`. With a closure the gradient is made inside it: look there."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
+        if self._open is not None and _is_within_a_step(optimizer):
+            self._nested += 1
+            return None
+        if closure is not None and hasattr(closure, _WATCHED):
+            self._nested += 1
+            return None
+        self._nested = 0
+        if not callable(closure):
             self._enter(optimizer)
             return None
         watched = self._watch(optimizer, closure)
@@ -114,25 +124,30 @@ class StepHooks:
 
     def after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:  # noqa: ARG002
         """After `step()`: put back what was set for it, and record."""
-        began = self._monotonic()
+        if self._nested:
+            self._nested -= 1
+            return
+        began, number = self._monotonic(), self.step
         try:
             self._carrier.restore(optimizer)
             if self._open is not None:
                 self._record(optimizer, self._open, began)
         except Exception as error:  # noqa: BLE001 - the border with the training loop
-            self._failed(error)
+            self._failed(error, lost=self.step == number)
 
     def clip(self, optimizer: Optimizer) -> Tensor:
         """Look and clip now, in place; the coming step's hook does neither again."""
-        self._look_and_act(optimizer, by_hand=True)
         step = self._open
-        if step is None:
-            return torch.tensor(_nan)
-        grads = [g for m in step.measured for g in m.grads]
-        if not grads:
-            return torch.tensor(step.pre_norm)
-        step.by_hand = grads[0], grads[0]._version
-        return torch.tensor(step.pre_norm, device=grads[0].device)
+        if step is None or step.by_hand is None or not _still_there(optimizer, *step.by_hand):
+            self._look_and_act(optimizer, by_hand=True)
+            step = self._open
+            if step is None:
+                return torch.tensor(_nan)
+            grads = [g for m in step.measured for g in m.grads]
+            if not grads:
+                return torch.tensor(step.pre_norm)
+            step.by_hand = grads[0], grads[0]._version
+        return torch.tensor(step.pre_norm, device=step.by_hand[0].device)
 
     def overflowed(self, optimizer: Optimizer, loss_scale: float) -> None:
         """Record a step that a GradScaler suppressed without calling `step()`."""
@@ -163,13 +178,15 @@ class StepHooks:
         """The last step's record; None before the first."""
         if self._last is None:
             return None
-        *numbers, flags = self._last
+        step, time, _, *numbers, flags = self._last
         bits = (FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED)
-        return StepRecord(*numbers, *(bool(flags & bit) for bit in bits))
+        return StepRecord(step, time, *numbers, *(bool(flags & bit) for bit in bits))
 
-    def new_attempt(self) -> None:
-        """The coming step begins a new attempt, on a tape of its own."""
-        self.tape = self._open = None
+    def new_attempt(self, optimizer: Optimizer, tape: Tape | None = None) -> None:
+        """The coming step begins a new attempt: on this tape, or one that it asks for."""
+        self._open = None
+        self._carrier.abandon(optimizer)
+        self.tape = tape
 
     # -- entering a step -----------------------------------------------------------------------
 
@@ -215,11 +232,12 @@ class StepHooks:
                 self._clip_again(optimizer)
             else:
                 evaluated = True
-                if self.loss is None and loss is not None:
-                    self.loss = loss.detach() if isinstance(loss, torch.Tensor) else loss
+                if self.loss is None:
+                    self.loss = _scalar(loss)
                 self._enter(optimizer)
             return loss
 
+        setattr(watched, _WATCHED, True)
         return watched
 
     def _clip_again(self, optimizer: Optimizer) -> None:
@@ -238,9 +256,11 @@ class StepHooks:
         began = self._monotonic()
         step = None
         try:
-            if self._open is not None:
+            if self._open is not None or self._carrier.busy:
                 self._open = None
                 self._carrier.abandon(optimizer)
+            if self._by_group and len(optimizer.param_groups) > len(self.parts):
+                self._take_in_new_groups(optimizer)
             tape = self.tape or self._first(optimizer)
             step = _OpenStep(self._time(), self.threshold)
             amp = self._carrier.loss_scale(optimizer)
@@ -264,6 +284,16 @@ class StepHooks:
             if step is None or not step.flags & (FLAGS.CLIPPED | FLAGS.SKIPPED):
                 self._clip_plainly(optimizer)
 
+    def _take_in_new_groups(self, optimizer: Optimizer) -> None:
+        """Groups that were added since the wrap: each gets the last policy, for itself."""
+        last = self.parts[-1].policy
+        for group in range(len(self.parts), len(optimizer.param_groups)):
+            self.parts.append(Part(last, group))
+        self._only = None
+        self._report(
+            "groups", f"a parameter group was added; it is clipped as the last one, by {last}"
+        )
+
     def _first(self, optimizer: Optimizer) -> Tape:
         """Begin a tape; before it, refuse a policy that cannot clip what gradients there are."""
         for part in self.parts:
@@ -284,8 +314,11 @@ class StepHooks:
             loss = float(self.loss)
             step.measured = [measured._replace(loss=loss) for measured in step.measured]
         grads = step.measured[0].grads
-        if grads and grads[0]._version > 0 and grads[-1]._version > 0:
-            step.flags |= FLAGS.MODIFIED
+        try:
+            if grads and grads[0]._version > 0 and grads[-1]._version > 0:
+                step.flags |= FLAGS.MODIFIED
+        except RuntimeError:  # made in inference mode: nobody counts
+            pass
 
     def _act(self, optimizer: Optimizer, step: _OpenStep, *, by_hand: bool) -> None:
         """Decide and carry out, or deal with a non-finite gradient; note what is worth noting."""
@@ -297,7 +330,7 @@ class StepHooks:
         if event is not None:
             step.messages.append(encode_event(event))
         if event is not None or self.notices.samples(self.step, step.measured):
-            step.messages.append(self.notices.layers(self.step, step.measured, optimizer))
+            step.messages += self.notices.layers(self.step, step.measured, optimizer)
 
     def _clip(self, optimizer: Optimizer, step: _OpenStep, *, by_hand: bool) -> None:
         decisions = [
@@ -360,28 +393,36 @@ class StepHooks:
 
     def _record(self, optimizer: Optimizer, step: _OpenStep, began: float) -> None:
         self._open = None
-        tape = self._ensure_tape(optimizer)
-        loss, known = _nan, None
-        if self.loss is not None:
-            loss = known = float(self.loss)
-            self.loss = None
+        tape = self.tape or self._ensure_tape(optimizer)
+        loss, known, self.loss = _nan, self.loss, None
+        if known is not None:
+            loss = known = float(known)
             self._note_loss(step, loss)
-        number, lr = self.step, float(optimizer.param_groups[0]["lr"])
-        pre, post, threshold, scale = (
-            step.pre_norm,
+        number, pre = self.step, step.pre_norm
+        lr = optimizer.param_groups[0].get("lr")
+        record = (
+            number,
+            step.time,
+            self._monotonic(),
+            loss,
+            lr if type(lr) is float else _number(lr),
+            pre,
             step.post_norm,
             step.threshold,
             step.loss_scale,
+            step.flags,
         )
-        now = self._monotonic()
-        tape.ring.append(number, step.time, now, loss, lr, pre, post, threshold, scale, step.flags)
-        self._last = (number, step.time, loss, lr, pre, post, threshold, scale, step.flags)
+        tape.ring.append(*record)
+        self._last = record
         self.step = number + 1
-        for message in step.messages:
-            tape.ring.append_event(message)
         if math.isfinite(pre):
             for part, measured in zip(self.parts, step.measured, strict=True):
                 part.state = part.policy.update(part.state, measured.norm, known)
+        for message in step.messages:
+            try:
+                tape.ring.append_event(message)
+            except RingError as error:
+                self._report("event", f"an event is not on record: {error}")
         tape.overhead += self._monotonic() - began
 
     def _note_loss(self, step: _OpenStep, loss: float) -> None:
@@ -405,20 +446,13 @@ class StepHooks:
     def _clip_plainly(self, optimizer: Optimizer) -> None:
         """Clip with torch's own functions, where ours failed before they changed anything."""
         try:
-            scale = self._carrier.loss_scale(optimizer).in_memory
-            for part in self.parts:
-                params, grads = part.gradients(optimizer)
-                if isinstance(part.policy, ClipValue):
-                    torch.nn.utils.clip_grad_value_(params, part.policy.clip_value * scale)
-                elif not math.isnan(part.threshold):
-                    total = full(torch.nn.utils.get_total_norm(grads, part.policy.norm_type))
-                    if torch.isfinite(total):
-                        limit = part.threshold * scale
-                        torch.nn.utils.clip_grads_with_norm_(params, limit, total)
-                    elif self.on_nonfinite != "ignore":
-                        self._carrier.skip(params, grads)
+            skip = self.on_nonfinite != "ignore"
+            undone = clip_plainly(optimizer, self.parts, self._carrier, skip=skip)
         except Exception as error:  # noqa: BLE001 - the border with the training loop
             self._report("clip", f"a step went unclipped ({type(error).__name__}: {error})")
+        else:
+            if undone:
+                self._report("clip", f"a step went unclipped by {', '.join(undone)}")
 
 
 def _still_there(optimizer: Optimizer, grad: Tensor, version: int) -> bool:
@@ -426,3 +460,56 @@ def _still_there(optimizer: Optimizer, grad: Tensor, version: int) -> bool:
     return grad._version == version and any(
         p.grad is grad for group in optimizer.param_groups for p in group["params"]
     )
+
+
+def _is_within_a_step(optimizer: Optimizer) -> bool:
+    """Whether the `step()` that a hook was called from runs inside another one of this optimizer.
+
+    A subclass whose `step` calls `super().step()` may run the hooks at both. Called only where a
+    step is open: that, or an exception that left it so.
+    """
+    frame = sys._getframe(2)
+    wrapper = frame.f_code
+    outer = frame.f_back
+    while outer is not None:
+        if outer.f_code is wrapper and (outer.f_locals.get("args") or (None,))[0] is optimizer:
+            return True
+        outer = outer.f_back
+    return False
+
+
+def _scalar(loss: Any) -> Tensor | float | None:
+    """What a closure returned, if that is one number."""
+    if isinstance(loss, torch.Tensor):
+        return loss.detach() if loss.numel() == 1 and not loss.is_complex() else None
+    return float(loss) if isinstance(loss, (int, float)) else None
+
+
+def _number(value: Any) -> float:
+    """A number, or NaN for what is none (an optimizer that finds its own learning rate)."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return _nan
+
+
+def _leave_to_python(*functions: Any) -> None:
+    """Keep torch.compile from tracing into these, and into what they call.
+
+    What `torch.compiler.disable` does, without importing the compiler or costing anything a call.
+    A compiled `optimizer.step` calls the hooks as they are, and stays compiled itself.
+    """
+    dynamo = torch._C._dynamo.eval_frame
+    try:
+        action = dynamo._FrameAction.SKIP
+        strategy = dynamo._FrameExecStrategy(action, action)
+        for function in functions:
+            function._torchdynamo_disable = True
+            dynamo.set_code_exec_strategy(function.__code__, strategy)
+    except AttributeError:  # an older torch: a compiled step is traced through, and not recorded
+        return
+
+
+_leave_to_python(
+    StepHooks.before, StepHooks.after, StepHooks._enter, StepHooks._clip_again, StepHooks.clip
+)

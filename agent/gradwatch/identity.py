@@ -58,7 +58,8 @@ def default_name(argv: list[str] | None = None) -> str:
         return "notebook"
     if stem == "__main__":
         return Path(script[0]).parent.name or "python"
-    return stem or "python"
+    # A file name need not be text in any encoding; a database takes nothing else.
+    return stem.encode("utf-8", "replace").decode() or "python"
 
 
 def host() -> str:

@@ -9,8 +9,8 @@ __all__ = ["AGENT", "BY_NAME", "DROP_REASONS", "LABELS", "MONITOR", "NORM_BUCKET
 LABELS = ("run", "rank")
 
 # Why a record did not reach the store: the ring was full and it was overwritten; it was found
-# torn; or gradwatch itself failed on that step.
-DROP_REASONS = ("ring_full", "torn", "error")
+# torn; or gradwatch itself failed on that step. "events" counts 512-byte blocks of events.
+DROP_REASONS = ("ring_full", "torn", "error", "events")
 
 # Upper bounds of the norm histograms: four a decade from 1e-4 to 1e4.
 NORM_BUCKETS = tuple(float(f"{10 ** (k / 4):.6g}") for k in range(-16, 17))

@@ -34,6 +34,7 @@ class Meter:
     def __init__(self, norm_type: float = 2.0) -> None:
         self.norm_type = norm_type
         self._ids: list[int] = []
+        self._dtype: torch.dtype | None = None  # the first gradient's: `model.half()` changes all
         self._plan = _Plan([], [], [], [])
         self._shards: Shards | None = None
 
@@ -49,7 +50,8 @@ class Meter:
         """
         norm_type = self.norm_type
         ids = list(map(id, params))
-        if ids != self._ids:
+        if ids != self._ids or (grads and grads[0].dtype is not self._dtype):
+            self._dtype = grads[0].dtype if grads else None
             self._shards = Shards.of(grads)
             self._plan = _plan(list(map(local, grads)), norm_type)
             self._ids = ids
@@ -166,7 +168,11 @@ def _wide_norm(tensor: Tensor, norm_type: float) -> float:
         return 0.0
     if not values.is_complex():
         values = values.double()
-    return float(torch.linalg.vector_norm(values, norm_type))
+    # Squares relative to the greatest element stay in range, those of float64 too.
+    peak = float(values.abs().max())
+    if peak == 0.0 or not math.isfinite(peak):
+        return peak
+    return peak * float(torch.linalg.vector_norm(values / peak, norm_type))
 
 
 def combine(norms: Sequence[float], norm_type: float) -> float:

@@ -106,9 +106,12 @@ class Notices:
             every = max(_SAMPLE_AT_LEAST, _SAMPLE_PER_TENSOR * tensors)
         return every > 0 and step % every == 0
 
-    def layers(self, step: int, measured: Sequence[Measurement], optimizer: Optimizer) -> bytes:
+    def layers(
+        self, step: int, measured: Sequence[Measurement], optimizer: Optimizer
+    ) -> list[bytes]:
         """A sample of every parameter's gradient and weight norm, as the recorder keeps it."""
         params = [p for m in measured for p in m.params]
-        norms = [n for m in measured for n in m.tensor_norms]
+        grads = [n for m in measured for n in m.tensor_norms]
         names = self._names.of(params, optimizer)
-        return events.encode_layers(step, names, norms, tensor_norms([p.detach() for p in params]))
+        weights = tensor_norms([p.detach() for p in params])
+        return events.encode_layers(step, names, grads, weights)

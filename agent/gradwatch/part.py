@@ -33,14 +33,14 @@ class Part:
     def __init__(self, policy: Policy[Any], group: int | None = None) -> None:
         self.policy = policy
         self.state = policy.init()
-        self._group = group
+        self.group = group
         self._meter = Meter(policy.norm_type)
 
     def gradients(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, and their gradients."""
         groups = optimizer.param_groups
-        if self._group is not None:
-            params = groups[self._group]["params"]
+        if self.group is not None:
+            params = groups[self.group]["params"]
         elif len(groups) == 1:
             params = groups[0]["params"]
         else:

@@ -47,7 +47,8 @@ class Pipeline:
         self._interval = 60.0
         self._lock = threading.Lock()
         self._delivering = threading.Lock()  # held by the worker while it uses a sink
-        self._forking = False
+        self._fork = threading.local()  # .holds: whether this thread has `_delivering`
+        self._hangs = False  # a fork gave up waiting for the delivery that is still under way
         self._progress = threading.Condition()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
@@ -97,7 +98,8 @@ class Pipeline:
             self._delivery.heartbeat = min(self._delivery.heartbeat, settings.heartbeat_interval)
             self._delivery.retry = self._interval
             self._channels.append(channel)
-            self.metrics.watch(channel.run.ring, channel)
+            if channel.metrics.sink is self.metrics:
+                self.metrics.watch(channel.run.ring, channel)
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._work, name="gradwatch-worker", daemon=True
@@ -123,13 +125,16 @@ class Pipeline:
     def close(self, channel: Channel, status: RunStatus | None, timeout: float) -> None:
         """Store what is left of this channel, end its run, and let go of its ring.
 
-        Waits `timeout` seconds at most; 0 leaves it to the worker.
+        Waits `timeout` seconds at most.
         """
-        channel.end(status, self.clock.monotonic() + (timeout or EXIT_SECONDS))
+        channel.end(status, self.clock.monotonic() + timeout)
         self._wake.set()
         # The worker gives up at the deadline; the rest is for a store call that hangs.
-        if timeout:
-            channel.closed.wait(timeout + EXIT_SECONDS)
+        channel.closed.wait(timeout + EXIT_SECONDS)
+
+    def let_end(self, channel: Channel) -> None:
+        """The same as finished, when the worker next looks: takes no lock and does not wait."""
+        channel.end("finished", self.clock.monotonic() + EXIT_SECONDS)
 
     # -- the worker ----------------------------------------------------------------------------
 
@@ -142,6 +147,7 @@ class Pipeline:
             for channel in channels:
                 with self._delivering:
                     self._delivery.serve(channel)
+                self._hangs = False
                 if channel.closed.is_set():
                     with self._lock:
                         self._channels.remove(channel)
@@ -152,8 +158,10 @@ class Pipeline:
 
     # -- the end of the process, and a forked child --------------------------------------------
 
-    def shutdown(self, status: RunStatus, timeout: float = EXIT_SECONDS) -> None:
-        """End every run that is left, within `timeout` seconds."""
+    def shutdown(
+        self, status: RunStatus, timeout: float = EXIT_SECONDS, *, exiting: bool = False
+    ) -> None:
+        """End every run that is left, within `timeout` seconds; `exiting`: as the process ends."""
         deadline = time.monotonic() + timeout
         with self._lock:
             channels = list(self._channels)
@@ -168,22 +176,25 @@ class Pipeline:
                 if not channel.closed.is_set():
                     channel.tell_incomplete()
         if self._exporter is not None:
-            self._exporter.close()
+            self._exporter.close(wait=not exiting)
 
     def before_fork(self) -> None:
         """Close every connection: an SQLite one that is carried into a child corrupts the file.
 
-        Waits until the worker is between two deliveries, `EXIT_SECONDS` at most.
+        Waits until the worker is between two deliveries, `EXIT_SECONDS` at most, and not again
+        for a delivery that one fork has waited for in vain.
         """
-        self._forking = self._delivering.acquire(timeout=EXIT_SECONDS)
-        if self._forking:
+        timeout = 0.0 if self._hangs else EXIT_SECONDS
+        self._fork.holds = self._delivering.acquire(timeout=timeout)
+        self._hangs = not self._fork.holds
+        if self._fork.holds:
             for sink in self._stores.values():
                 sink.dispose()
 
     def after_fork(self) -> None:
         """In the parent: the worker goes on, and connects again when it has something to store."""
-        if self._forking:
-            self._forking = False
+        if getattr(self._fork, "holds", False):
+            self._fork.holds = False
             self._delivering.release()
 
     def forked(self) -> None:

@@ -24,12 +24,13 @@ class _Process:
         self.pipeline: Pipeline | None = None
         self.lock = threading.Lock()
         self.hooked = False
+        self.left_behind: list[Pipeline] = []
 
     def at_exit(self) -> None:
         if self.pipeline is not None:
             # The interpreter is going down: nobody is left to tell.
             with contextlib.suppress(Exception):
-                self.pipeline.shutdown(_exit_status())
+                self.pipeline.shutdown(_exit_status(), exiting=True)
 
     def before_fork(self) -> None:
         if self.pipeline is not None:
@@ -44,6 +45,8 @@ class _Process:
         parents, self.pipeline = self.pipeline, None
         if parents is not None:
             parents.forked()
+            # Kept for good: a connection that is collected here may write to the parent's file.
+            self.left_behind.append(parents)
 
 
 _process = _Process()

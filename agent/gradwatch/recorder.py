@@ -263,11 +263,7 @@ class Ring:
 
     def close(self, *, remove: bool = False) -> None:
         """Let the file go; with `remove`, delete it (all that it held is stored)."""
-        self._step_head.release()
-        self._event_head.release()
-        del self._steps
-        with contextlib.suppress(BufferError):
-            self._buffer.close()
+        # The memory goes with this object: another thread may be reading the heads.
         if remove and self.path is not None:
             self.path.unlink(missing_ok=True)
         if self._descriptor is not None:

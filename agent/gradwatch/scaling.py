@@ -48,7 +48,7 @@ _NO_SCALER = LossScale(1.0, suppressed=False)
 
 def reads_grad_scale(optimizer: Optimizer) -> bool:
     """Whether this optimizer's kernel divides by `grad_scale`: torch's own fused ones do."""
-    if not all(group.get("fused") for group in optimizer.param_groups):
+    if not _is_fused(optimizer):
         return False
     step = inspect.unwrap(type(optimizer).step)
     return any(step is inspect.unwrap(kind.step) for kind in _FUSED)
@@ -116,6 +116,11 @@ class Carrier:
             self._before = _NOT_SET
         self._in_force = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether something that was set for a step still stands, though no step is open."""
+        return self._in_force is not None or bool(self._hidden)
+
     def abandon(self, optimizer: Optimizer) -> None:
         """An exception ended the last step before `restore`: clear what it left behind.
 
@@ -145,7 +150,8 @@ class Carrier:
         if coefficient >= 1.0:
             return Applied(False, measured.norm)
         divisor = measured.scale / coefficient
-        if fold and self.folds and divisor < _DIVISOR_LIMIT:
+        # A checkpoint may have brought an optimizer back that is not fused.
+        if fold and self.folds and divisor < _DIVISOR_LIMIT and _is_fused(optimizer):
             self._divide_in_kernel(optimizer, divisor, measured.grads[0])
         else:
             _multiply(measured.grads, coefficient)
@@ -165,7 +171,7 @@ class Carrier:
             return Applied(False, measured.norm)
         limit = max_norm
         if measured.scale != 1.0:
-            if fold:
+            if fold and _is_fused(optimizer):
                 _multiply(grads, 1.0 / measured.scale)
                 self._replace_grad_scale(optimizer, torch.ones((), device=grads[0].device))
             else:
@@ -179,6 +185,10 @@ class Carrier:
         self._before = optimizer.__dict__.get("grad_scale", _ABSENT)
         self._in_force = value
         optimizer.grad_scale = value  # type: ignore[attr-defined]
+
+
+def _is_fused(optimizer: Optimizer) -> bool:
+    return all(group.get("fused") for group in optimizer.param_groups)
 
 
 def _multiply(grads: Sequence[Tensor], factor: float) -> None:

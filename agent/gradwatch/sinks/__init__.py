@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from gradwatch.records import Batch, RunInfo, RunStatus
 
-__all__ = ["CursorMovedError", "NotYetError", "NullSink", "Sink", "SinkError"]
+__all__ = ["CursorMovedError", "NotYetError", "NullSink", "RunForgottenError", "Sink", "SinkError"]
 
 
 class SinkError(Exception):
@@ -16,6 +16,10 @@ class SinkError(Exception):
 
 class NotYetError(SinkError):
     """The run that this rank belongs to is not there yet: no trouble, to be tried again."""
+
+
+class RunForgottenError(SinkError):
+    """The sink has lost the run (its file was deleted): open it and hand over all again."""
 
 
 class CursorMovedError(Exception):

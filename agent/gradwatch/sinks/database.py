@@ -18,11 +18,12 @@ from gradwatch import schema
 from gradwatch.config import redact, sqlite_path
 from gradwatch.errors import StoreError
 from gradwatch.schema import rings, runs
-from gradwatch.sinks import CursorMovedError, SinkError, rows, sqlite
+from gradwatch.sinks import CursorMovedError, RunForgottenError, SinkError, rows, sqlite
 from gradwatch.sinks.register import register
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from gradwatch.records import Batch, RunInfo, RunStatus
 
@@ -38,6 +39,8 @@ class DatabaseSink:
         self._path = sqlite_path(url)
         self._engine: sa.Engine | None = None
         self._stored: dict[str, rows.Stored] = {}  # by ring
+        self._file: tuple[int, int] | None = None  # which file the connection is to
+        self._forgotten = f"the store {redact(url)} was deleted or emptied; the run is stored anew"
 
     # -- the Sink protocol ---------------------------------------------------------------------
 
@@ -73,14 +76,11 @@ class DatabaseSink:
     def close(self, run: RunInfo, status: RunStatus | None) -> None:
         """Note how the run ended. The ring's cursor stays: its file may outlive it."""
         stored = self._stored[run.ring]
+        ending: dict[str, object] = {}
         if status is not None and run.rank == 0:
-            now = self._clock()
-            with self._transaction() as connection:
-                connection.execute(
-                    sa.update(runs)
-                    .where(runs.c.id == stored.run_id)
-                    .values(status=status, ended_at=now, heartbeat_at=now)
-                )
+            ending = {"status": status, "ended_at": self._clock()}
+        with self._transaction() as connection:
+            self._beat(connection, stored, **ending)
         del self._stored[run.ring]
         if not self._stored and self._engine is not None:
             if self._path is not None:
@@ -109,19 +109,24 @@ class DatabaseSink:
             sa.select(rings.c.step_cursor, rings.c.event_cursor).where(rings.c.ring == ring)
         ).one_or_none()
         if at is None:
-            msg = f"the store {redact(self.url)} does not know this run any more"
-            raise SinkError(msg)
+            raise RunForgottenError(self._forgotten)
         raise CursorMovedError(at.step_cursor, at.event_cursor)
 
-    def _beat(self, connection: sa.Connection, stored: rows.Stored) -> None:
-        connection.execute(
-            sa.update(runs).where(runs.c.id == stored.run_id).values(heartbeat_at=self._clock())
-        )
+    def _beat(self, connection: sa.Connection, stored: rows.Stored, **values: object) -> None:
+        found = connection.execute(
+            sa.update(runs)
+            .where(runs.c.id == stored.run_id)
+            .values(heartbeat_at=self._clock(), **values)
+        ).rowcount
+        if not found:
+            raise RunForgottenError(self._forgotten)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sa.Connection]:
         """All or nothing, excluding other writers. What goes wrong becomes a `SinkError`."""
         try:
+            if self._path is not None and self._file != _identity(self._path):
+                self.dispose()  # deleted, or another file in its place: do not write into the void
             if self._engine is None:
                 self._engine = (
                     sa.create_engine(self.url, json_serializer=rows.strict_json)
@@ -129,10 +134,21 @@ class DatabaseSink:
                     else sqlite.writing_engine(self.url, self._path)
                 )
             with self._engine.begin() as connection:
+                self._file = _identity(self._path) if self._path is not None else None
                 yield connection
         except (SQLAlchemyError, sqlite3.Error, StoreError, OSError, ImportError) as error:
             self.dispose()
+            if "no such table" in str(error):
+                raise RunForgottenError(self._forgotten) from error
             cause = getattr(error, "orig", None) or error
             reason = str(cause).strip().splitlines() or [type(cause).__name__]
             msg = f"cannot write the store {redact(self.url)}: {reason[0]}"
             raise SinkError(msg) from error
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

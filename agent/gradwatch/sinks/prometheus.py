@@ -266,8 +266,11 @@ class Exporter:
         """In a forked child: let go of the parent's socket, so that the port dies with it."""
         self._server.socket.close()
 
-    def close(self) -> None:
-        """Stop serving and give the port back."""
+    def close(self, *, wait: bool = True) -> None:
+        """Stop serving and give the port back; without `wait`, as the process ends."""
+        if not wait:  # the server looks only twice a second whether it shall stop
+            self._server.server_close()
+            return
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(timeout=1.0)

@@ -48,7 +48,7 @@ def register(connection: sa.Connection, run: RunInfo, now: float) -> Registratio
         return _join(connection, run, run.leader)
 
     known = connection.execute(sa.select(runs).where(runs.c.uid == run.uid)).one_or_none()
-    if known and run.uid_source == "launcher" and known.status == "finished":
+    if known and run.uid_source == "launcher" and not _left_off(known, now):
         # The launcher's id names the whole job: a second script in it is not a resumed run.
         run = dataclasses.replace(run, uid=f"{run.uid}-{uuid.uuid4().hex[:8]}")
         known = None
@@ -143,13 +143,21 @@ def _free_name(connection: sa.Connection, name: str, now: float) -> str:
             runs.c.status == "running", runs.c.heartbeat_at > now - LIVE_SECONDS
         )
     )
-    here = identity.host()
-    live = {row.name for row in running if row.host != here or _alive(row.pid)}
+    live = {row.name for row in running if row.host != identity.host() or _alive(row.pid)}
     candidate, ordinal = name, 1
     while candidate in live:
         ordinal += 1
         candidate = f"{name}-{ordinal}"
     return candidate
+
+
+def _left_off(known: Any, now: float) -> bool:
+    """Whether a run neither ended well nor goes on: one that a restarted job resumes."""
+    if known.status != "running":
+        return bool(known.status != "finished")
+    if known.host == identity.host():
+        return known.pid == os.getpid() or not _alive(known.pid)
+    return bool(known.heartbeat_at <= now - LIVE_SECONDS)
 
 
 def _columns(run: RunInfo) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""Clipping with torch's own functions: where ours failed before they changed anything."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from gradwatch.policies import ClipValue
+from gradwatch.shards import full
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from gradwatch.part import Part
+    from gradwatch.scaling import Carrier
+
+__all__ = ["clip_plainly"]
+
+
+def clip_plainly(
+    optimizer: Optimizer, parts: list[Part], carrier: Carrier, *, skip: bool
+) -> list[str]:
+    """Clip by the thresholds in force; `skip`: hide non-finite gradients. Returns what it could not.
+
+    The policies by tensor and by unit have no counterpart in torch.
+    """
+    scale = carrier.loss_scale(optimizer).in_memory
+    undone = []
+    for part in parts:
+        params, grads = part.gradients(optimizer)
+        if isinstance(part.policy, ClipValue):
+            torch.nn.utils.clip_grad_value_(params, part.policy.clip_value * scale)
+        elif not math.isnan(part.threshold):
+            total = full(torch.nn.utils.get_total_norm(grads, part.policy.norm_type))
+            if torch.isfinite(total):
+                limit = part.threshold * scale
+                torch.nn.utils.clip_grads_with_norm_(params, limit, total)
+            elif skip:
+                carrier.skip(params, grads)
+        elif part.policy.changes_gradients:
+            undone.append(str(part.policy))
+    return undone
