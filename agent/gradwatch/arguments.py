@@ -25,6 +25,7 @@ __all__ = [
     "NotGiven",
     "describe",
     "loaded",
+    "model_and_scaler",
     "on_nonfinite",
     "parts",
     "settings_of",

@@ -80,8 +80,15 @@ def test_events_as_messages(event):
 def test_layer_norms_as_messages(layers, step):
     """Names, gradient norms and weight norms."""
     names, grads, weights = ([row[i] for row in layers] for i in range(3))
-    decoded = events.decode(events.encode_layers(step, names, grads, weights))
-    assert isinstance(decoded, LayerNorms)
+    names, grads, weights = names * 60, grads * 60, weights * 60  # more than one message holds
+    parts = [events.decode(m) for m in events.encode_layers(step, names, grads, weights)]
+    assert all(isinstance(part, LayerNorms) and part.step == step for part in parts)
+    decoded = LayerNorms(
+        step,
+        [name for part in parts for name in part.parameters],
+        [norm for part in parts for norm in part.grad_norms],
+        [norm for part in parts for norm in part.weight_norms],
+    )
     np.testing.assert_equal(
         [decoded.step, decoded.parameters, decoded.grad_norms, decoded.weight_norms],
         [step, names, grads, weights],
