@@ -16,7 +16,7 @@ from gradwatch import arguments, identity
 from gradwatch.amp import ScalerWatch
 from gradwatch.arguments import NOT_GIVEN, NotGiven
 from gradwatch.errors import AlreadyWrappedError, ConfigurationError, NotWrappedError
-from gradwatch.hooks import OnNonFinite, StepHooks
+from gradwatch.hooks import StepHooks
 from gradwatch.names import ParameterNames
 from gradwatch.notices import Notices
 from gradwatch.peers import Peers
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from gradwatch.pipeline import Pipeline
     from gradwatch.records import RunStatus, StepRecord
     from gradwatch.sinks import Sink
+    from gradwatch.treatment import OnNonFinite
 
 __all__ = ["Agent", "wrap"]
 

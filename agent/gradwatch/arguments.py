@@ -18,7 +18,8 @@ from gradwatch.policies import Policy, SkipSpikes
 
 if TYPE_CHECKING:
     from gradwatch.config import Settings
-    from gradwatch.hooks import OnNonFinite, StepHooks
+    from gradwatch.hooks import StepHooks
+    from gradwatch.treatment import OnNonFinite
 
 __all__ = [
     "NOT_GIVEN",

@@ -1,25 +1,25 @@
-"""One optimizer step as the hooks see it: look, decide, carry out, record.
+"""The step hooks of one optimizer: entering a step, leaving it with a record, surviving errors.
 
 All of this runs on the training thread, and none of it raises into the training loop but what was
-asked for (`on_nonfinite="raise"`). It is the hot path: what is rare is kept out of line.
+asked for (`on_nonfinite="raise"`). What is done to the gradient in between is in `treatment`.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING, Any, Literal
+from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradwatch.errors import ConfigurationError, NonFiniteGradientError, RingError
+from gradwatch.errors import ConfigurationError, RingError
 from gradwatch.events import encode_event
 from gradwatch.fallback import clip_plainly
-from gradwatch.norms import combine
-from gradwatch.part import Part
 from gradwatch.recorder import FLAGS
-from gradwatch.records import Scale, Skip, StepRecord
+from gradwatch.records import StepRecord
 from gradwatch.scaling import Carrier
+from gradwatch.treatment import OnNonFinite, OpenStep, Treatment
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,41 +29,13 @@ if TYPE_CHECKING:
 
     from gradwatch.clock import Clock
     from gradwatch.notices import Notices
-    from gradwatch.records import Event, Measurement
+    from gradwatch.part import Part
     from gradwatch.tape import Tape
 
-__all__ = ["OnNonFinite", "StepHooks"]
+__all__ = ["StepHooks"]
 
-OnNonFinite = Literal["skip", "raise", "ignore"]
 _nan = math.nan
 _WATCHED = "_gradwatch_watches_it"  # marks a closure that was wrapped already
-
-
-class _OpenStep:
-    """A step between the first look at it and its record."""
-
-    __slots__ = (
-        "by_hand",
-        "error",
-        "flags",
-        "loss_scale",
-        "measured",
-        "messages",
-        "post_norm",
-        "pre_norm",
-        "threshold",
-        "time",
-    )
-
-    def __init__(self, time: float, threshold: float) -> None:
-        self.time = time
-        self.threshold = threshold
-        self.pre_norm = self.post_norm = self.loss_scale = _nan
-        self.flags = 0
-        self.measured: list[Measurement] = []  # one a part
-        self.messages: list[bytes] = []
-        self.error: NonFiniteGradientError | None = None  # to raise once recorded
-        self.by_hand: tuple[Tensor, int] | None = None  # a gradient clip() saw, and its version
 
 
 class StepHooks:
@@ -88,15 +60,13 @@ class StepHooks:
         self.step = 0  # number of the coming step
         self.loss: Tensor | float | None = None  # of the coming step
         self.tape: Tape | None = None  # there from the first step on
-        self._only = parts[0] if len(parts) == 1 else None
-        self._by_group = parts[0].group is not None
-        self._wants_loss = any(part.policy.wants_loss for part in parts)
         self._carrier = Carrier(optimizer, fold=fold)
+        self._treat = Treatment(parts, self._carrier, notices, on_nonfinite=on_nonfinite)
         self._time = clock.time
         self._monotonic = clock.monotonic
         self._start = start
         self._report = report
-        self._open: _OpenStep | None = None
+        self._open: OpenStep | None = None
         self._nested = 0  # calls of super().step() that are under way inside a step()
         self._last: tuple[Any, ...] | None = None
 
@@ -154,9 +124,9 @@ class StepHooks:
         began = self._monotonic()
         try:
             self._ensure_tape(optimizer)
-            step = self._open = _OpenStep(self._time(), self.threshold)
+            step = self._open = OpenStep(self.step, self._time(), self.threshold)
             step.loss_scale = loss_scale
-            self._note_overflow(step)
+            self._treat.overflow(step)
             self._record(optimizer, step, began)
         except Exception as error:  # noqa: BLE001 - the border with the training loop
             self._failed(error)
@@ -166,7 +136,7 @@ class StepHooks:
     @property
     def threshold(self) -> float:
         """The threshold in force, NaN where there is no single one."""
-        return self._only.threshold if self._only is not None else _nan
+        return self._treat.threshold
 
     @property
     def folds(self) -> bool:
@@ -202,7 +172,7 @@ class StepHooks:
             self.after(optimizer, (), {})
             raise error
 
-    def _take_over(self, optimizer: Optimizer, step: _OpenStep) -> None:
+    def _take_over(self, optimizer: Optimizer, step: OpenStep) -> None:
         """`clip()` has looked and clipped. What is left: an overflow, or a step to skip."""
         try:
             step.by_hand = None
@@ -214,9 +184,9 @@ class StepHooks:
                 step.post_norm /= amp.in_memory
             if amp.suppressed:
                 step.error = None
-                self._note_overflow(step)
+                self._treat.overflow(step)
             if step.flags & FLAGS.SKIPPED:
-                self._skip(step)
+                self._treat.skip(step)
         except Exception as error:  # noqa: BLE001 - the border with the training loop
             self._failed(error)
 
@@ -229,7 +199,10 @@ class StepHooks:
             loss = closure()
             if evaluated:
                 # LBFGS asks several times a step: every gradient is clipped, the first recorded.
-                self._clip_again(optimizer)
+                try:
+                    self._treat.clip_again(optimizer)
+                except Exception as error:  # noqa: BLE001 - the border with the training loop
+                    self._failed(error, lost=False)
             else:
                 evaluated = True
                 if self.loss is None:
@@ -240,18 +213,6 @@ class StepHooks:
         setattr(watched, _WATCHED, True)
         return watched
 
-    def _clip_again(self, optimizer: Optimizer) -> None:
-        try:
-            for part in self.parts:
-                measured = part.measure(optimizer, 1.0)
-                if measured.finite:
-                    decision = part.policy.decide(measured, part.state)
-                    self._carrier.carry_out(optimizer, decision, measured, fold=False)
-        except Exception as error:  # noqa: BLE001 - the border with the training loop
-            self._failed(error, lost=False)
-
-    # -- look, decide, carry out ---------------------------------------------------------------
-
     def _look_and_act(self, optimizer: Optimizer, *, by_hand: bool) -> None:
         began = self._monotonic()
         step = None
@@ -259,10 +220,11 @@ class StepHooks:
             if self._open is not None or self._carrier.busy:
                 self._open = None
                 self._carrier.abandon(optimizer)
-            if self._by_group and len(optimizer.param_groups) > len(self.parts):
-                self._take_in_new_groups(optimizer)
+            treat = self._treat
+            if treat.by_group and (new := treat.new_groups(optimizer)) is not None:
+                self._report("groups", f"a parameter group was added: clipped by {new.policy}")
             tape = self.tape or self._first(optimizer)
-            step = _OpenStep(self._time(), self.threshold)
+            step = OpenStep(self.step, self._time(), treat.threshold)
             amp = self._carrier.loss_scale(optimizer)
             if amp.in_memory != 1.0:
                 step.loss_scale = amp.in_memory
@@ -271,10 +233,10 @@ class StepHooks:
             if amp.suppressed:
                 for part in self.parts:
                     self._carrier.skip(*part.gradients(optimizer))
-                self._note_overflow(step)
+                treat.overflow(step)
             else:
-                self._look(optimizer, step, amp.in_memory)
-                self._act(optimizer, step, by_hand=by_hand)
+                treat.look(optimizer, step, amp.in_memory, self.loss)
+                treat.act(optimizer, step, by_hand=by_hand)
             self._open = step
             tape.overhead += self._monotonic() - began
         except ConfigurationError:  # at the first step: a wrong argument that shows only now
@@ -284,105 +246,11 @@ class StepHooks:
             if step is None or not step.flags & (FLAGS.CLIPPED | FLAGS.SKIPPED):
                 self._clip_plainly(optimizer)
 
-    def _take_in_new_groups(self, optimizer: Optimizer) -> None:
-        """Groups that were added since the wrap: each gets the last policy, for itself."""
-        last = self.parts[-1].policy
-        for group in range(len(self.parts), len(optimizer.param_groups)):
-            self.parts.append(Part(last, group))
-        self._only = None
-        self._report(
-            "groups", f"a parameter group was added; it is clipped as the last one, by {last}"
-        )
-
     def _first(self, optimizer: Optimizer) -> Tape:
         """Begin a tape; before it, refuse a policy that cannot clip what gradients there are."""
         for part in self.parts:
             part.refuse_sparse(optimizer)
         return self._ensure_tape(optimizer)
-
-    def _look(self, optimizer: Optimizer, step: _OpenStep, scale: float) -> None:
-        """Measure every part; `pre_norm` is the norm of all together."""
-        if self._only is not None:
-            measured = self._only.measure(optimizer, scale)
-            step.measured.append(measured)
-            step.pre_norm = measured.norm
-        else:
-            step.measured = [part.measure(optimizer, scale) for part in self.parts]
-            norms = [measured.norm for measured in step.measured]
-            step.pre_norm = combine(norms, step.measured[0].norm_type)
-        if self._wants_loss and self.loss is not None:
-            loss = float(self.loss)
-            step.measured = [measured._replace(loss=loss) for measured in step.measured]
-        grads = step.measured[0].grads
-        try:
-            if grads and grads[0]._version > 0 and grads[-1]._version > 0:
-                step.flags |= FLAGS.MODIFIED
-        except RuntimeError:  # made in inference mode: nobody counts
-            pass
-
-    def _act(self, optimizer: Optimizer, step: _OpenStep, *, by_hand: bool) -> None:
-        """Decide and carry out, or deal with a non-finite gradient; note what is worth noting."""
-        if math.isfinite(step.pre_norm):
-            event = self.notices.gradient(self.step, step.time, step.pre_norm, step.measured)
-            self._clip(optimizer, step, by_hand=by_hand)
-        else:
-            event = self._nonfinite(optimizer, step, by_hand=by_hand)
-        if event is not None:
-            step.messages.append(encode_event(event))
-        if event is not None or self.notices.samples(self.step, step.measured):
-            step.messages += self.notices.layers(self.step, step.measured, optimizer)
-
-    def _clip(self, optimizer: Optimizer, step: _OpenStep, *, by_hand: bool) -> None:
-        decisions = [
-            part.policy.decide(measured, part.state)
-            for part, measured in zip(self.parts, step.measured)  # noqa: B905 - made as long
-        ]
-        for decision in decisions:
-            if isinstance(decision, Skip):
-                step.flags |= FLAGS.SKIPPED
-                event = self.notices.skipped(self.step, step.time, decision)
-                step.messages.append(encode_event(event))
-                if not by_hand:
-                    self._skip(step)
-                return
-        fold = False
-        if self._only is not None:
-            fold = not by_hand
-            if type(decision) is Scale:  # a threshold that takes the norm itself into account
-                step.threshold = decision.max_norm
-        norms = []
-        for decision, measured in zip(decisions, step.measured):  # noqa: B905
-            clipped, norm = self._carrier.carry_out(optimizer, decision, measured, fold=fold)
-            norms.append(norm)
-            if clipped:
-                step.flags |= FLAGS.CLIPPED
-        step.post_norm = norms[0] if len(norms) == 1 else combine(norms, measured.norm_type)
-
-    def _nonfinite(self, optimizer: Optimizer, step: _OpenStep, *, by_hand: bool) -> Event:
-        faults = self.notices.faults(step.measured, optimizer)
-        skipped = self.on_nonfinite != "ignore"
-        step.flags |= FLAGS.NONFINITE
-        event = self.notices.nonfinite(self.step, step.time, faults, step.measured, skipped=skipped)
-        if skipped:
-            step.flags |= FLAGS.SKIPPED
-            if not by_hand:
-                self._skip(step)
-        if self.on_nonfinite == "raise":
-            step.error = NonFiniteGradientError(
-                f"step {self.step}: {event.message}", step=self.step, parameters=faults
-            )
-        return event
-
-    def _skip(self, step: _OpenStep) -> None:
-        for measured in step.measured:
-            self._carrier.skip(measured.params, measured.grads)
-
-    def _note_overflow(self, step: _OpenStep) -> None:
-        """Routine under a GradScaler: not a non-finite gradient, and no alert."""
-        step.pre_norm = step.post_norm = _nan
-        step.flags = FLAGS.SKIPPED | FLAGS.AMP_OVERFLOW
-        event = self.notices.overflow(self.step, step.time, step.loss_scale)
-        step.messages = [encode_event(event)]
 
     # -- recording -----------------------------------------------------------------------------
 
@@ -391,22 +259,21 @@ class StepHooks:
             self.tape = self._start(optimizer)
         return self.tape
 
-    def _record(self, optimizer: Optimizer, step: _OpenStep, began: float) -> None:
+    def _record(self, optimizer: Optimizer, step: OpenStep, began: float) -> None:
         self._open = None
         tape = self.tape or self._ensure_tape(optimizer)
         loss, known, self.loss = _nan, self.loss, None
         if known is not None:
             loss = known = float(known)
             self._note_loss(step, loss)
-        number, pre = self.step, step.pre_norm
         lr = optimizer.param_groups[0].get("lr")
         record = (
-            number,
+            self.step,
             step.time,
-            self._monotonic(),
+            began,
             loss,
             lr if type(lr) is float else _number(lr),
-            pre,
+            step.pre_norm,
             step.post_norm,
             step.threshold,
             step.loss_scale,
@@ -414,10 +281,8 @@ class StepHooks:
         )
         tape.ring.append(*record)
         self._last = record
-        self.step = number + 1
-        if math.isfinite(pre):
-            for part, measured in zip(self.parts, step.measured, strict=True):
-                part.state = part.policy.update(part.state, measured.norm, known)
+        self.step += 1
+        self._treat.learn(step, known)
         for message in step.messages:
             try:
                 tape.ring.append_event(message)
@@ -425,11 +290,11 @@ class StepHooks:
                 self._report("event", f"an event is not on record: {error}")
         tape.overhead += self._monotonic() - began
 
-    def _note_loss(self, step: _OpenStep, loss: float) -> None:
+    def _note_loss(self, step: OpenStep, loss: float) -> None:
         event = self.notices.loss(self.step, step.time, loss)
         if event is not None:
-            step.messages.append(encode_event(event))
-        if not math.isfinite(loss):
+            step.messages = [*step.messages, encode_event(event)]
+        if not isfinite(loss):
             step.flags |= FLAGS.NONFINITE_LOSS
 
     # -- when something here fails -------------------------------------------------------------
@@ -511,5 +376,5 @@ def _leave_to_python(*functions: Any) -> None:
 
 
 _leave_to_python(
-    StepHooks.before, StepHooks.after, StepHooks._enter, StepHooks._clip_again, StepHooks.clip
+    StepHooks.before, StepHooks.after, StepHooks._enter, StepHooks.clip, Treatment.clip_again
 )

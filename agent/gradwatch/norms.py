@@ -8,9 +8,11 @@ in float64: closer to the true norm, and faster. 16-bit gradients are summed in 
 from __future__ import annotations
 
 import math
+from math import hypot, sqrt
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
+from numpy import vdot
 
 from gradwatch.records import Measurement
 from gradwatch.shards import Shards, local
@@ -25,6 +27,7 @@ __all__ = ["Meter", "combine", "fault", "max_abs", "tensor_norms"]
 _LARGE = 1 << 18  # elements; below, one foreach kernel for all tensors is faster
 _CHUNK = 1 << 20  # elements; a float32 dot product of this length is right to about 1e-6
 _HALF_CHUNK = 1 << 16
+_TINY = 1e-15  # squares below this one's lose digits in float32
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -35,7 +38,7 @@ class Meter:
         self.norm_type = norm_type
         self._ids: list[int] = []
         self._dtype: torch.dtype | None = None  # the first gradient's: `model.half()` changes all
-        self._plan = _Plan([], [], [], [])
+        self._plan = _Plan([], [], [], [], [])
         self._shards: Shards | None = None
 
     def measure(
@@ -58,14 +61,14 @@ class Meter:
         held = grads if self._shards is None else list(map(local, grads))
         try:
             norms = _norms(held, norm_type, self._plan)
-        except (RuntimeError, NotImplementedError):
+        except (RuntimeError, NotImplementedError, TypeError):
             # A gradient changed its layout (sparse, not contiguous) since the plan was made.
             self._plan = _plan(held, norm_type)
             norms = _norms(held, norm_type, self._plan)
-        total = combine(norms, norm_type)
-        if total == 0.0 or not math.isfinite(total):
+        total = hypot(*norms) if norm_type == 2.0 else combine(norms, norm_type)
+        if not _TINY < total < math.inf:
             norms = [
-                n if math.isfinite(n) and n > 0.0 else _wide_norm(g, norm_type)
+                n if _TINY < n < math.inf else _wide_norm(g, norm_type)
                 for n, g in zip(norms, held, strict=True)
             ]
             total = combine(norms, norm_type)
@@ -105,41 +108,43 @@ def fault(tensor: Tensor) -> Literal["nan", "inf", "nan+inf"] | None:
 class _Plan(NamedTuple):
     """Positions of the tensors by how their norms are taken."""
 
-    small: list[int]
-    half: list[int]
+    dot: list[int]  # BLAS, through numpy: half the cost of a torch call for a small tensor
     large: list[int]
+    foreach: list[int]
+    half: list[int]
     other: list[int]
 
 
 def _plan(tensors: Sequence[Tensor], norm_type: float) -> _Plan:
-    plan = _Plan([], [], [], [])
+    plan = _Plan([], [], [], [], [])
     for i, tensor in enumerate(tensors):
+        euclidean = norm_type == 2.0 and tensor.is_cpu and not tensor.is_complex()
         if tensor.layout is not torch.strided or tensor.numel() == 0:
             kind = plan.other
-        elif (
-            norm_type == 2.0
-            and tensor.numel() > _LARGE
-            and tensor.is_cpu
-            and not tensor.is_complex()
-        ):
+        elif euclidean and tensor.numel() > _LARGE:
             kind = plan.large
         elif tensor.dtype in _HALF:
             kind = plan.half
+        elif euclidean and not tensor.requires_grad:
+            kind = plan.dot
         else:
-            kind = plan.small
+            kind = plan.foreach
         kind.append(i)
     return plan
 
 
 def _norms(tensors: Sequence[Tensor], norm_type: float, plan: _Plan) -> list[float]:
-    if len(plan.small) == len(tensors):
-        return _read(torch._foreach_norm(list(tensors), norm_type)) if tensors else []
+    if len(plan.dot) == len(tensors):
+        return [sqrt(vdot(x, x).item()) for x in [t.numpy() for t in tensors]]
     norms = [0.0] * len(tensors)
+    for i in plan.dot:
+        x = tensors[i].numpy()
+        norms[i] = sqrt(vdot(x, x).item())
     for i in plan.large:
         norms[i] = _large_norm(tensors[i])
     for i in plan.other:
         norms[i] = _wide_norm(tensors[i], norm_type)
-    for index, dtype in ((plan.small, None), (plan.half, torch.float32)):
+    for index, dtype in ((plan.foreach, None), (plan.half, torch.float32)):
         if index:
             found = torch._foreach_norm([tensors[i] for i in index], norm_type, dtype=dtype)
             for i, norm in zip(index, _read(found), strict=True):
@@ -158,7 +163,7 @@ def _large_norm(tensor: Tensor) -> float:
     flat = tensor.reshape(-1)
     if tensor.dtype in _HALF:
         parts = torch._foreach_norm(torch.split(flat, _HALF_CHUNK), 2.0, dtype=torch.float32)
-        return math.hypot(*(part.item() for part in parts))
+        return hypot(*(part.item() for part in parts))
     return math.sqrt(math.fsum(torch.dot(c, c).item() for c in torch.split(flat, _CHUNK)))
 
 
@@ -180,7 +185,7 @@ def combine(norms: Sequence[float], norm_type: float) -> float:
     if not norms:
         return 0.0
     if norm_type == 2.0:
-        return math.hypot(*norms)
+        return hypot(*norms)
     # max() and sums of powers do not reliably carry NaN: say it outright.
     if any(map(math.isnan, norms)):
         return math.nan

@@ -18,7 +18,7 @@ from gradwatch.records import Applied, Clamp, Decision, Keep, Measurement, Scale
 from gradwatch.shards import full, local
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -61,6 +61,7 @@ class Carrier:
         self.folds = fold and reads_grad_scale(optimizer)
         self._exact = not fold
         self._divisor: Tensor | None = None
+        self._fill: Callable[[float], object]
         self._before: Any = _NOT_SET  # grad_scale as it was, while ours stands in its place
         self._in_force: Tensor | None = None  # the grad_scale of the step under way
         self._hidden: list[tuple[Tensor, Tensor]] = []
@@ -104,9 +105,10 @@ class Carrier:
 
     def restore(self, optimizer: Optimizer) -> None:
         """After the step: gradients and `grad_scale` as they were before it."""
-        for param, grad in self._hidden:
-            param.grad = grad
-        self._hidden.clear()
+        if self._hidden:
+            for param, grad in self._hidden:
+                param.grad = grad
+            self._hidden.clear()
         if self._before is not _NOT_SET:
             # Under GradScaler the attribute must be there: it deletes it itself.
             if self._before is _ABSENT:
@@ -160,7 +162,10 @@ class Carrier:
     def _divide_in_kernel(self, optimizer: Optimizer, divisor: float, like: Tensor) -> None:
         if self._divisor is None or self._divisor.device != like.device:
             self._divisor = torch.empty((), dtype=torch.float32, device=like.device)
-        self._replace_grad_scale(optimizer, self._divisor.fill_(divisor))
+            # Writing through numpy costs a tenth of a torch call.
+            self._fill = self._divisor.numpy().fill if like.is_cpu else self._divisor.fill_
+        self._fill(divisor)
+        self._replace_grad_scale(optimizer, self._divisor)
 
     def _scale_as_torch_does(
         self, optimizer: Optimizer, max_norm: float, measured: Measurement, *, fold: bool
@@ -188,7 +193,10 @@ class Carrier:
 
 
 def _is_fused(optimizer: Optimizer) -> bool:
-    return all(group.get("fused") for group in optimizer.param_groups)
+    for group in optimizer.param_groups:  # noqa: SIM110 - a generator would cost more
+        if not group.get("fused"):
+            return False
+    return True
 
 
 def _multiply(grads: Sequence[Tensor], factor: float) -> None:

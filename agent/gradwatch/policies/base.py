@@ -33,6 +33,12 @@ class Policy(ABC, Generic[S]):
     takes_sparse: ClassVar[bool] = True  # one factor for all works on any layout
     wants_loss: ClassVar[bool] = False  # whether `Measurement.loss` is to be filled in
 
+    @property
+    def learns(self) -> bool:
+        """Whether a step changes the state at all."""
+        kind = type(self)
+        return kind.learn is not Policy.learn or kind.update is not Policy.update
+
     @abstractmethod
     def init(self) -> S:
         """The state before the first step."""

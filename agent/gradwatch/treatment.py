@@ -1,0 +1,206 @@
+"""Measuring, deciding and carrying out, for one step of one optimizer.
+
+Hot: what is rare is kept out of line.
+"""
+
+from __future__ import annotations
+
+import math
+from math import isfinite
+from typing import TYPE_CHECKING, Literal
+
+from gradwatch.errors import NonFiniteGradientError
+from gradwatch.events import encode_event
+from gradwatch.norms import combine
+from gradwatch.part import Part
+from gradwatch.recorder import FLAGS
+from gradwatch.records import Scale, Skip
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+    from torch.optim import Optimizer
+
+    from gradwatch.notices import Notices
+    from gradwatch.records import Event, Measurement
+    from gradwatch.scaling import Carrier
+
+__all__ = ["OnNonFinite", "OpenStep", "Treatment"]
+
+OnNonFinite = Literal["skip", "raise", "ignore"]
+_nan = math.nan
+
+
+class OpenStep:
+    """A step between the first look at it and its record. What a step does not set stays as here."""
+
+    pre_norm = post_norm = loss_scale = _nan
+    flags = 0
+    messages: Sequence[bytes] = ()
+    error: NonFiniteGradientError | None = None  # to raise once recorded
+    by_hand: tuple[Tensor, int] | None = None  # a gradient clip() saw, and its version
+
+    def __init__(self, number: int, time: float, threshold: float) -> None:
+        self.number = number
+        self.time = time
+        self.threshold = threshold
+        self.measured: Sequence[Measurement] = ()  # one a part
+
+
+class Treatment:
+    """What is done to a gradient, by the policies of its parts."""
+
+    def __init__(
+        self,
+        parts: list[Part],
+        carrier: Carrier,
+        notices: Notices,
+        *,
+        on_nonfinite: OnNonFinite,
+    ) -> None:
+        self.parts = parts
+        self.notices = notices
+        self.on_nonfinite = on_nonfinite
+        self._carrier = carrier
+        self._only = parts[0] if len(parts) == 1 else None
+        self.by_group = parts[0].group is not None
+        self._wants_loss = any(part.policy.wants_loss for part in parts)
+        self._learns = any(part.policy.learns for part in parts)
+
+    @property
+    def threshold(self) -> float:
+        """The threshold in force, NaN where there is no single one."""
+        only = self._only
+        threshold = None if only is None else only.policy.threshold(only.state)
+        return _nan if threshold is None else threshold
+
+    def new_groups(self, optimizer: Optimizer) -> Part | None:
+        """Take in groups that were added since the wrap, each under the last policy; its part."""
+        if not self.by_group or len(optimizer.param_groups) <= len(self.parts):
+            return None
+        for group in range(len(self.parts), len(optimizer.param_groups)):
+            self.parts.append(Part(self.parts[-1].policy, group))
+        self._only = None
+        return self.parts[-1]
+
+    def look(
+        self, optimizer: Optimizer, step: OpenStep, scale: float, loss: Tensor | float | None
+    ) -> None:
+        """Measure every part; `pre_norm` is the norm of all together."""
+        if self._only is not None:
+            measured = self._only.measure(optimizer, scale)
+            step.measured = (measured,)
+            step.pre_norm = measured.norm
+        else:
+            step.measured = [part.measure(optimizer, scale) for part in self.parts]
+            norms = [measured.norm for measured in step.measured]
+            step.pre_norm = combine(norms, step.measured[0].norm_type)
+        if self._wants_loss and loss is not None:
+            known = float(loss)
+            step.measured = [measured._replace(loss=known) for measured in step.measured]
+        grads = step.measured[0].grads
+        try:
+            if grads and grads[0]._version > 0 and grads[-1]._version > 0:
+                step.flags |= FLAGS.MODIFIED
+        except RuntimeError:  # made in inference mode: nobody counts
+            pass
+
+    def act(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> None:
+        """Decide and carry out, or deal with a non-finite gradient; note what is worth noting."""
+        if isfinite(step.pre_norm):
+            event = self.notices.gradient(step.number, step.time, step.pre_norm, step.measured)
+            if self._only is not None:
+                self._clip(optimizer, step, self._only, by_hand=by_hand)
+            else:
+                self._clip_parts(optimizer, step, by_hand=by_hand)
+        else:
+            event = self._nonfinite(optimizer, step, by_hand=by_hand)
+        if event is not None:
+            step.messages = [*step.messages, encode_event(event)]
+        if event is not None or self.notices.samples(step.number, step.measured):
+            layers = self.notices.layers(step.number, step.measured, optimizer)
+            step.messages = [*step.messages, *layers]
+
+    def _clip(self, optimizer: Optimizer, step: OpenStep, part: Part, *, by_hand: bool) -> None:
+        """One policy over everything, which the optimizer's kernel may carry out."""
+        measured = step.measured[0]
+        decision = part.policy.decide(measured, part.state)
+        if type(decision) is Scale:  # a threshold that takes the norm itself into account
+            step.threshold = decision.max_norm
+        elif isinstance(decision, Skip):
+            self._skip_spike(step, decision, by_hand=by_hand)
+            return
+        clipped, step.post_norm = self._carrier.carry_out(
+            optimizer, decision, measured, fold=not by_hand
+        )
+        if clipped:
+            step.flags |= FLAGS.CLIPPED
+
+    def _clip_parts(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> None:
+        """A policy a part, each in place; one that skips skips the step."""
+        decisions = [
+            part.policy.decide(measured, part.state)
+            for part, measured in zip(self.parts, step.measured)  # noqa: B905 - made as long
+        ]
+        for decision in decisions:
+            if isinstance(decision, Skip):
+                self._skip_spike(step, decision, by_hand=by_hand)
+                return
+        norms = []
+        for decision, measured in zip(decisions, step.measured):  # noqa: B905
+            clipped, norm = self._carrier.carry_out(optimizer, decision, measured, fold=False)
+            norms.append(norm)
+            if clipped:
+                step.flags |= FLAGS.CLIPPED
+        step.post_norm = combine(norms, measured.norm_type)
+
+    def _skip_spike(self, step: OpenStep, decision: Skip, *, by_hand: bool) -> None:
+        step.flags |= FLAGS.SKIPPED
+        event = self.notices.skipped(step.number, step.time, decision)
+        step.messages = [*step.messages, encode_event(event)]
+        if not by_hand:
+            self.skip(step)
+
+    def _nonfinite(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> Event:
+        faults = self.notices.faults(step.measured, optimizer)
+        skipped = self.on_nonfinite != "ignore"
+        step.flags |= FLAGS.NONFINITE
+        event = self.notices.nonfinite(
+            step.number, step.time, faults, step.measured, skipped=skipped
+        )
+        if skipped:
+            step.flags |= FLAGS.SKIPPED
+            if not by_hand:
+                self.skip(step)
+        if self.on_nonfinite == "raise":
+            step.error = NonFiniteGradientError(
+                f"step {step.number}: {event.message}", step=step.number, parameters=faults
+            )
+        return event
+
+    def skip(self, step: OpenStep) -> None:
+        """Hide what was measured, so that the step is not applied."""
+        for measured in step.measured:
+            self._carrier.skip(measured.params, measured.grads)
+
+    def overflow(self, step: OpenStep) -> None:
+        """Routine under a GradScaler: not a non-finite gradient, and no alert."""
+        step.pre_norm = step.post_norm = _nan
+        step.flags = FLAGS.SKIPPED | FLAGS.AMP_OVERFLOW
+        event = self.notices.overflow(step.number, step.time, step.loss_scale)
+        step.messages = [encode_event(event)]
+
+    def learn(self, step: OpenStep, loss: float | None) -> None:
+        """After the step: what the policies take in of it."""
+        if self._learns and isfinite(step.pre_norm):
+            for part, measured in zip(self.parts, step.measured, strict=True):
+                part.state = part.policy.update(part.state, measured.norm, loss)
+
+    def clip_again(self, optimizer: Optimizer) -> None:
+        """A further gradient of the same step (LBFGS): clipped in place, not on record."""
+        for part in self.parts:
+            measured = part.measure(optimizer, 1.0)
+            if measured.finite:
+                decision = part.policy.decide(measured, part.state)
+                self._carrier.carry_out(optimizer, decision, measured, fold=False)
