@@ -1,6 +1,7 @@
 """The pages in a real browser, over stores written by real runs: what is shown equals SQL."""
 
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -210,6 +211,16 @@ def test_text_is_shown_as_text(page, serve):
     expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible(timeout=LONG)
     expect(page.get_by_text("<script>alert(1)</script>=*t*")).to_be_visible()
     assert page.problems == []
+
+
+def test_the_server_goes_with_the_command(serve):
+    """Told to end, `gradwatch ui` leaves no server behind: the port is free, status 0."""
+    serve()
+    serve.process.terminate()
+    assert serve.process.wait(30) == 0
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", serve.port))
 
 
 def test_the_server_is_bound_to_loopback(serve):

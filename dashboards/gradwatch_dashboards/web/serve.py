@@ -66,6 +66,8 @@ def run(
         env={**os.environ, "GRADWATCH_STORE": store},
         stdout=subprocess.DEVNULL,
     )
+    # Asked to go by a signal, take the server along: it is a process of its own.
+    before = {kind: signal.signal(kind, _interrupt) for kind in (signal.SIGTERM, signal.SIGHUP)}
     try:
         if _answers(server, address, port):
             announce(page)
@@ -74,6 +76,12 @@ def run(
         return 0
     finally:
         _stop(server)
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _answers(server: subprocess.Popen[bytes], address: str, port: int) -> bool:
