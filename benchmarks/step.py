@@ -42,6 +42,14 @@ MODELS = {
         ),
         60,
     ),
+    "transformer, large": (
+        lambda: nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(1024, 16, 4096, batch_first=True),
+            8,
+            enable_nested_tensor=False,
+        ),
+        20,
+    ),
 }
 OPTIMIZERS = {
     "AdamW, fused": lambda p: torch.optim.AdamW(p, lr=1e-5, fused=True),
@@ -152,6 +160,8 @@ def main():
                 if arguments.optimizer not in {None, optimizer}:
                     continue
                 for name, (make_model, rounds) in MODELS.items():
+                    if name == "transformer, large" and optimizer != "AdamW, fused":
+                        continue
                     count = max(20, int(rounds * arguments.rounds))
                     alone, taken, size = compare(make_model, make_optimizer, count, store)
                     cells = [optimizer, name, f"{size / 1e6:.2f} M", f"{alone:,.0f}"]

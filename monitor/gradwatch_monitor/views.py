@@ -28,7 +28,14 @@ __all__ = [
     "what_if_curve",
 ]
 
-MARKED = ("nonfinite_gradient", "nonfinite_loss", "grad_norm_spike", "loss_spike", "amp_overflow")
+MARKED = (
+    "nonfinite_gradient",
+    "nonfinite_loss",
+    "grad_norm_spike",
+    "loss_spike",
+    "spike_skipped",
+    "amp_overflow",
+)
 
 
 class Timeline:

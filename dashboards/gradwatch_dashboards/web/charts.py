@@ -25,6 +25,7 @@ _EVENT_COLOURS = {
     "NaN or inf": "#d62728",
     "norm spike": "#9467bd",
     "loss spike": "#9467bd",
+    "spike skipped": "#8c564b",
     "AMP overflow": "#8c8c8c",
 }
 _EVENT_NAMES = {
@@ -32,6 +33,7 @@ _EVENT_NAMES = {
     "nonfinite_loss": "NaN or inf",
     "grad_norm_spike": "norm spike",
     "loss_spike": "loss spike",
+    "spike_skipped": "spike skipped",
     "amp_overflow": "AMP overflow",
 }
 _MARKS_AT_MOST = 200
@@ -82,7 +84,7 @@ def norms(frame: pd.DataFrame, events: pd.DataFrame) -> alt.LayerChart:
         .mark_line(strokeDash=[6, 4], strokeWidth=1.6, interpolate="step-after", clip=True)
         .encode(x=x, y=y, color=colour, tooltip=tips)
     )
-    kinds_marked = ("nonfinite_gradient", "grad_norm_spike", "amp_overflow")
+    kinds_marked = ("nonfinite_gradient", "grad_norm_spike", "spike_skipped", "amp_overflow")
     return _layered(_rules(events, kinds_marked, x), line, points, threshold, height=340)
 
 
