@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 UI ?= 1
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench bench-peers docs clean
 
 demo: .venv/.installed
 	$(BIN)/gradwatch demo $(if $(filter 0,$(UI)),--no-ui)
@@ -20,6 +20,18 @@ check: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/jobs.py
+
+# The peers bring many packages along: they get an environment of their own.
+bench-peers: .venv-peers/.installed
+	.venv-peers/bin/python benchmarks/peers.py
+
+.venv-peers/.installed: pyproject.toml benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --constraint constraints.txt torch numpy
+	.venv-peers/bin/python -m pip install --quiet --editable . --requirement benchmarks/peers.txt
+	touch $@
 
 docs: .venv/.installed
 	$(BIN)/python docs/generate.py
@@ -32,4 +44,4 @@ docs: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-peers

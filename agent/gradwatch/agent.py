@@ -358,7 +358,11 @@ class Agent:
             settings=arguments.describe(optimizer, self._hooks, self._settings),
         )
         ring = rings.make(
-            run, self._settings, durable=self._sink is None, report=self._pipeline.troubles.report
+            run,
+            self._settings,
+            parameters=self._hooks.notices.named(optimizer),
+            durable=self._sink is None,
+            report=self._pipeline.troubles.report,
         )
         run = dataclasses.replace(
             run, settings={**run.settings, "ring": str(ring.path) if ring.path else None}
@@ -367,7 +371,9 @@ class Agent:
             peers.lead(run.ring)
         store = self._sink or self._pipeline.store_sink(self._settings.store)
         metrics = self._pipeline.metrics if self._metrics_url else NullSink()
-        self._channel = channel.Channel(run, ring, store, metrics, peers)
+        self._channel = channel.Channel(
+            run, ring, store, metrics, notices=self._hooks.notices, peers=peers
+        )
         self._pipeline.attach(self._channel, self._settings)
         return self._channel
 

@@ -11,6 +11,7 @@ from gradwatch.sinks import NotYetError
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
+    from gradwatch.notices import Notices
     from gradwatch.peers import Peers
     from gradwatch.recorder import Ring
     from gradwatch.records import Finding, RunInfo, RunStatus
@@ -54,9 +55,17 @@ class Channel:
     """The tape of one run: written by the training thread, emptied by the worker."""
 
     def __init__(
-        self, run: RunInfo, ring: Ring, store: Sink, metrics: Sink, peers: Peers | None = None
+        self,
+        run: RunInfo,
+        ring: Ring,
+        store: Sink,
+        metrics: Sink,
+        *,
+        notices: Notices,
+        peers: Peers | None = None,
     ) -> None:
         self.run = run
+        self.notices = notices
         self.ring = ring
         self._peers = peers
         self.store = Outlet("store", store)

@@ -133,7 +133,7 @@ class Delivery:
         unreadable = 0
         # The exporter has no use for them, and reading them twice would cost as much again.
         for payload in messages.payloads if outlet is channel.store else ():
-            item = decode(payload)
+            item = decode(payload, channel.notices.parameters)
             if isinstance(item, LayerNorms):
                 layers.append(item)
             elif item is not None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import bisect
 import json
 import math
+import struct
+from array import array
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,8 @@ __all__ = [
 
 _NAMED = 3  # parameters spelled out in a message; all of them are in the data
 _MOST_NAMED = 4000  # parameters of one event, so that it fits the flight recorder
-_LAYERS_A_MESSAGE = 200
+_LAYERS = struct.Struct("<BBIq")  # tag, whether weight norms follow, how many, step
+_LAYERS_TAG = 1  # no JSON begins with it
 
 
 class NormSpikes:
@@ -242,20 +245,15 @@ def encode_event(event: Event) -> bytes:
 
 
 def encode_layers(
-    step: int, names: Sequence[str], grads: Sequence[float], weights: Sequence[float]
-) -> list[bytes]:
-    """One sample of the per-layer norms as the flight recorder keeps it: a message a few layers."""
-    return [
-        _encode(
-            {
-                "layers": step,
-                "names": list(names[i : i + _LAYERS_A_MESSAGE]),
-                "grad": list(grads[i : i + _LAYERS_A_MESSAGE]),
-                "weight": list(weights[i : i + _LAYERS_A_MESSAGE]),
-            }
-        )
-        for i in range(0, len(names), _LAYERS_A_MESSAGE)
-    ]
+    step: int, grads: Sequence[float], weights: Sequence[float] | None = None
+) -> bytes:
+    """One sample of the per-layer norms as the flight recorder keeps it; NaN where absent.
+
+    In binary, by the parameters' position in the optimizer: their names are in the recorder's
+    metadata, so a sample at every step costs next to nothing.
+    """
+    head = _LAYERS.pack(_LAYERS_TAG, weights is not None, len(grads), step)
+    return head + array("d", grads).tobytes() + array("d", weights or ()).tobytes()
 
 
 def _encode(body: Mapping[str, Any]) -> bytes:
@@ -265,12 +263,27 @@ def _encode(body: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "replace")
 
 
-def decode(payload: bytes) -> Event | LayerNorms | None:
-    """What `encode_event` or `encode_layers` wrote; None for anything else."""
+def decode(payload: bytes, names: Sequence[str] = ()) -> Event | LayerNorms | None:
+    """What `encode_event` or `encode_layers` wrote; None for anything else.
+
+    `names` are the optimizer's parameters; one that has none is called by its position.
+    """
     try:
+        if payload[:1] == bytes([_LAYERS_TAG]):
+            return _decode_layers(payload, names)
         body: dict[str, Any] = json.loads(payload)
-        if "layers" in body:
-            return LayerNorms(int(body["layers"]), body["names"], body["grad"], body["weight"])
         return Event(**body)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, struct.error):
         return None
+
+
+def _decode_layers(payload: bytes, names: Sequence[str]) -> LayerNorms:
+    _, with_weights, count, step = _LAYERS.unpack_from(payload)
+    values = array("d")
+    values.frombytes(payload[_LAYERS.size :])
+    if len(values) != count * (1 + with_weights):
+        msg = f"{len(values)} norms of {count} parameters"
+        raise ValueError(msg)
+    named = [*names[:count], *(f"parameter{i}" for i in range(len(names), count))]
+    weights = values[count:].tolist() if with_weights else [math.nan] * count
+    return LayerNorms(step, named, values[:count].tolist(), weights)

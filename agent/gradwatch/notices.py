@@ -29,6 +29,7 @@ class Notices:
     def __init__(self, names: ParameterNames, layer_norms_every: int | None) -> None:
         self.rank = 0
         self.alone = True  # no other rank has a part in these gradients
+        self.parameters: list[str] = []  # what the optimizer's parameters are called
         self._names = names
         self._every = layer_norms_every
         self._norm_spikes = events.NormSpikes()
@@ -98,20 +99,34 @@ class Notices:
         """A step that the policy chose not to apply."""
         return events.spike_skipped(step, time, self.rank, skip)
 
-    def samples(self, step: int, measured: Sequence[Measurement]) -> bool:
-        """Whether this step's layer norms are sampled."""
-        every = self._every
-        if every is None:
-            tensors = len(measured[0].grads) if len(measured) == 1 else 0
-            every = max(_SAMPLE_AT_LEAST, _SAMPLE_PER_TENSOR * tensors)
-        return every > 0 and step % every == 0
+    def samples(self, step: int, measured: Sequence[Measurement]) -> tuple[bool, bool]:
+        """Whether this step's layer norms are sampled, and whether with the weights' norms.
+
+        Those change slowly and take a read of their own, so they come with fewer samples.
+        """
+        tensors = len(measured[0].grads) if len(measured) == 1 else 0
+        seldom = max(_SAMPLE_AT_LEAST, _SAMPLE_PER_TENSOR * tensors)
+        every = seldom if self._every is None else self._every
+        if every == 0 or step % every != 0:
+            return False, False
+        return True, every >= seldom or step % seldom < every
+
+    def named(self, optimizer: Optimizer) -> list[str]:
+        """The names of all parameters, in the optimizer's order."""
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        if len(every) != len(self.parameters):
+            self.parameters = self._names.of(every, optimizer)
+        return self.parameters
 
     def layers(
-        self, step: int, measured: Sequence[Measurement], optimizer: Optimizer
-    ) -> list[bytes]:
-        """A sample of every parameter's gradient and weight norm, as the recorder keeps it."""
-        params = [p for m in measured for p in m.params]
-        grads = [n for m in measured for n in m.tensor_norms]
-        names = self._names.of(params, optimizer)
-        weights = tensor_norms([p.detach() for p in params])
-        return events.encode_layers(step, names, grads, weights)
+        self, step: int, measured: Sequence[Measurement], optimizer: Optimizer, *, weights: bool
+    ) -> bytes:
+        """A sample of every parameter's gradient norm, and its weight norm where `weights`."""
+        self.named(optimizer)
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        norms = [n for m in measured for n in m.tensor_norms]
+        if len(norms) != len(every):  # some have no gradient
+            found = dict(zip((id(p) for m in measured for p in m.params), norms, strict=True))
+            norms = [found.get(id(p), math.nan) for p in every]
+        held = tensor_norms([p.detach() for p in every]) if weights else None
+        return events.encode_layers(step, norms, held)

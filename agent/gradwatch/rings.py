@@ -15,7 +15,7 @@ from gradwatch.errors import RingError
 from gradwatch.recorder import Ring
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gradwatch.config import Settings
     from gradwatch.records import RunInfo
@@ -34,13 +34,19 @@ def folders(settings: Settings) -> list[Path]:
 
 
 def make(
-    run: RunInfo, settings: Settings, *, durable: bool, report: Callable[[str, str], None]
+    run: RunInfo,
+    settings: Settings,
+    *,
+    parameters: Sequence[str],
+    durable: bool,
+    report: Callable[[str, str], None],
 ) -> Ring:
     """The run's ring: a file in the first folder that takes one, else plain memory (said once)."""
     metadata: dict[str, Any] = {
         **dataclasses.asdict(run),
         "store": redact(settings.store),
         "schema": schema.REVISION,
+        "parameters": list(parameters),
     }
     steps, events = settings.ring_steps, settings.ring_events
     problem = None

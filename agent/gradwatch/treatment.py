@@ -118,9 +118,12 @@ class Treatment:
             event = self._nonfinite(optimizer, step, by_hand=by_hand)
         if event is not None:
             step.messages = [*step.messages, encode_event(event)]
-        if event is not None or self.notices.samples(step.number, step.measured):
-            layers = self.notices.layers(step.number, step.measured, optimizer)
-            step.messages = [*step.messages, *layers]
+        sampled, weights = self.notices.samples(step.number, step.measured)
+        if sampled or event is not None:
+            layers = self.notices.layers(
+                step.number, step.measured, optimizer, weights=weights or event is not None
+            )
+            step.messages = [*step.messages, layers]
 
     def _clip(self, optimizer: Optimizer, step: OpenStep, part: Part, *, by_hand: bool) -> None:
         """One policy over everything, which the optimizer's kernel may carry out."""

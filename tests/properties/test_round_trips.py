@@ -76,23 +76,22 @@ def test_events_as_messages(event):
     np.testing.assert_equal(dataclasses.asdict(decoded), dataclasses.asdict(event))
 
 
-@given(st.lists(st.tuples(texts, floats, floats), max_size=8), st.integers(0, 2**53))
-def test_layer_norms_as_messages(layers, step):
-    """Names, gradient norms and weight norms."""
+@given(
+    st.lists(st.tuples(texts, floats, floats), max_size=200), st.integers(0, 2**53), st.booleans()
+)
+def test_layer_norms_as_messages(layers, step, with_weights):
+    """Gradient and weight norms by position; the names are told beside them."""
     names, grads, weights = ([row[i] for row in layers] for i in range(3))
-    names, grads, weights = names * 60, grads * 60, weights * 60  # more than one message holds
-    parts = [events.decode(m) for m in events.encode_layers(step, names, grads, weights)]
-    assert all(isinstance(part, LayerNorms) and part.step == step for part in parts)
-    decoded = LayerNorms(
-        step,
-        [name for part in parts for name in part.parameters],
-        [norm for part in parts for norm in part.grad_norms],
-        [norm for part in parts for norm in part.weight_norms],
-    )
+    message = events.encode_layers(step, grads, weights if with_weights else None)
+    decoded = events.decode(message, names)
+    assert isinstance(decoded, LayerNorms)
+    expected = weights if with_weights else [math.nan] * len(names)
     np.testing.assert_equal(
         [decoded.step, decoded.parameters, decoded.grad_norms, decoded.weight_norms],
-        [step, names, grads, weights],
+        [step, names, grads, expected],
     )
+    unnamed = events.decode(message, names[:1])
+    assert unnamed.parameters[1:] == [f"parameter{i}" for i in range(1, len(names))]
 
 
 @given(st.binary(max_size=60))

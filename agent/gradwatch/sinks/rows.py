@@ -30,7 +30,6 @@ __all__ = [
 _NUMBERS = ("loss", "lr", "pre_norm", "post_norm", "threshold", "loss_scale")
 _BITS = (FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED)
 OWN_EVENTS = frozenset({"nonfinite_loss", "loss_spike", "records_dropped"})
-_COLUMNS = [column.name for column in schema.step_records.columns]
 
 
 class Stored(NamedTuple):
@@ -44,16 +43,11 @@ class Stored(NamedTuple):
 def insert_steps(
     connection: sa.Connection, stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]
 ) -> None:
-    """Store step records through the driver's executemany, a third of SQLAlchemy's own time."""
+    """Store step records."""
     if not len(steps) or stored.rank != 0:
         return
-    mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
-    marks = ", ".join([mark] * len(_COLUMNS))
-    connection.exec_driver_sql(
-        f"INSERT INTO step_records ({', '.join(_COLUMNS)}) "  # noqa: S608 - names of our own
-        f"VALUES ({marks}) ON CONFLICT DO NOTHING",
-        _step_rows(stored, steps),
-    )
+    statement = _insert_rows(connection, schema.step_records)
+    connection.exec_driver_sql(statement, _step_rows(stored, steps))
 
 
 def insert_events(connection: sa.Connection, stored: Stored, events: Sequence[Event]) -> None:
@@ -83,22 +77,15 @@ def insert_layers(connection: sa.Connection, stored: Stored, samples: Sequence[L
     if stored.rank != 0:
         return
     rows = [
-        {
-            "run_id": stored.run_id,
-            "attempt": stored.attempt,
-            "step": sample.step,
-            "parameter": name,
-            "grad_norm": _finite(grad),
-            "weight_norm": _finite(weight),
-        }
+        (stored.run_id, stored.attempt, sample.step, name, _finite(grad), _finite(weight))
         for sample in samples
         for name, grad, weight in zip(
             sample.parameters, sample.grad_norms, sample.weight_norms, strict=True
         )
+        if grad == grad or weight == weight  # noqa: PLR0124 - absent altogether where both are NaN
     ]
     if rows:
-        insert = _insert(connection, schema.layer_norms)
-        connection.execute(insert.on_conflict_do_nothing(), rows)
+        connection.exec_driver_sql(_insert_rows(connection, schema.layer_norms), rows)
 
 
 def upsert_finding(connection: sa.Connection, stored: Stored, finding: Finding, now: float) -> None:
@@ -145,6 +132,17 @@ def _step_rows(stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]) -> lis
         columns.append(column)
     columns.extend(((steps["flags"] & bit) != 0).tolist() for bit in _BITS)
     return list(zip(*columns, strict=True))
+
+
+def _insert_rows(connection: sa.Connection, table: sa.Table) -> str:
+    """An INSERT of all columns for the driver's executemany: a third of SQLAlchemy's own time."""
+    columns = table.columns.keys()
+    mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
+    marks = ", ".join([mark] * len(columns))
+    return (
+        f"INSERT INTO {table.name} ({', '.join(columns)}) "  # noqa: S608 - names of our own
+        f"VALUES ({marks}) ON CONFLICT DO NOTHING"
+    )
 
 
 def _insert(connection: sa.Connection, table: sa.Table) -> Any:
