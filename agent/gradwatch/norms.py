@@ -125,7 +125,7 @@ def _plan(tensors: Sequence[Tensor], norm_type: float) -> _Plan:
             kind = plan.large
         elif tensor.dtype in _HALF:
             kind = plan.half
-        elif euclidean and not tensor.requires_grad:
+        elif euclidean and type(tensor) is torch.Tensor and not tensor.requires_grad:
             kind = plan.dot
         else:
             kind = plan.foreach
