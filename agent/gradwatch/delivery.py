@@ -190,7 +190,7 @@ class Delivery:
         if channel.metrics.run is not None:
             self._try(channel, channel.metrics, lambda _, outlet: outlet.end(channel.status))
         channel.complete = complete
-        channel.closed.set()
         channel.ring.close(remove=complete)
         if not complete:
             channel.tell_incomplete()
+        channel.closed.set()

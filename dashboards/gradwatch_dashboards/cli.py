@@ -76,7 +76,9 @@ def main() -> None:
 @app.command()
 def runs(
     store: StoreOption = None,
-    limit: Annotated[int, typer.Option(min=1, help="At most so many, the latest first.")] = 20,
+    limit: Annotated[
+        int, typer.Option(min=1, max=10**9, help="At most so many, the latest first.")
+    ] = 20,
     as_json: JsonOption = False,
 ) -> None:
     """List runs, the latest first."""
@@ -222,9 +224,15 @@ def demo(
 @app.command()
 def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Check this machine and the store; exit status 1 where something is wrong."""
+    from gradwatch.config import DEFAULT_STORE  # noqa: PLC0415
     from gradwatch_dashboards import doctor as examination  # noqa: PLC0415
 
-    checks = examination.examine(_store_url(store), os.environ)
+    try:
+        url = _store_url(store)
+    except ConfigurationError:
+        # One of the checks says what is wrong; the others are made all the same.
+        url = store or DEFAULT_STORE
+    checks = examination.examine(url, os.environ)
     if as_json:
         _print_json([check._asdict() for check in checks])
     else:

@@ -35,6 +35,11 @@ class Check(NamedTuple):
 
 def examine(store: str, environ: Mapping[str, str]) -> list[Check]:
     """All checks, for this store."""
+    try:
+        Settings.load()
+    except GradwatchError as error:
+        problem = Check("problem", "settings", str(error))
+        return [*_versions(), _sqlite(), *_store(store), problem, *_variables(environ)]
     return [
         *_versions(),
         _sqlite(),
@@ -72,8 +77,8 @@ def _sqlite() -> Check:
 def _store(url: str) -> Iterator[Check]:
     from gradwatch_monitor.store import Store  # noqa: PLC0415 - a check like any other
 
-    path = sqlite_path(url)
     try:
+        path = sqlite_path(url)
         with Store(url) as store:
             runs = len(store.runs())
             yield Check("ok", "store", f"{store.name}, {runs} run{'s' * (runs != 1)}")

@@ -17,7 +17,7 @@ from gradwatch.errors import ConfigurationError
 from gradwatch.policies import ClipNorm, Policy, TargetRatio
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from gradwatch_monitor.store import Store
 
@@ -46,6 +46,7 @@ class History:
     nonfinite: np.ndarray[Any, np.dtype[np.bool_]]
     optimizer: str = ""
     policy: str = ""
+    norm_type: float = 2.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,10 +65,11 @@ class Recommendation:
     policy: Policy[Any] | None
     reasons: tuple[str, ...]
     steps: int
-    current_threshold: float | None
+    current_threshold: float | None  # the last one in force
     current_clip_ratio: float | None
     target: float
     band: tuple[float, float]
+    current_is_constant: bool = True  # whether it was in force all along
 
     @property
     def sentence(self) -> str:
@@ -81,7 +83,7 @@ class Recommendation:
         )
         if self.current_clip_ratio is None:
             return would
-        at = "" if self.current_threshold is None else f" at {self.current_threshold:g}"
+        at = f" at {self.current_threshold:g}" if self.current_is_constant else ""
         return f"clipped {100 * self.current_clip_ratio:.0f} % of steps{at}; {would}"
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,6 +117,7 @@ def recommend(
         **columns,
         optimizer=str(settings.get("optimizer", "")),
         policy=", ".join(p["policy"] for p in settings.get("policies", [])),
+        norm_type=_norm_type(settings.get("policies", [])),
     )
     return recommend_from(history, target=target, band=band)
 
@@ -147,6 +150,7 @@ def recommend_from(
         current_clip_ratio=seen.current_ratio,
         target=target,
         band=band,
+        current_is_constant=seen.constant,
     )
 
 
@@ -180,8 +184,17 @@ class _Seen:
         return np.array([_mean(part) for part in np.array_split(clipped, _WINDOWS)])
 
     def unsteadiness(self, threshold: float) -> float:
-        """The standard deviation of the ratio at a threshold over eight windows."""
-        return float(self.window_ratios(self.norms > threshold).std())
+        """How much the ratio at a threshold moves over eight windows."""
+        return self.movement(self.norms > threshold)
+
+    def movement(self, clipped: np.ndarray[Any, Any]) -> float:
+        """The standard deviation of the ratio over eight windows, less what chance alone makes.
+
+        A window of n independent steps of which a share p is clipped has the variance p(1-p)/n.
+        """
+        ratio = _mean(clipped)
+        by_chance = ratio * (1 - ratio) * _WINDOWS / max(1, len(clipped))
+        return math.sqrt(max(0.0, float(self.window_ratios(clipped).var()) - by_chance))
 
     def interval(self) -> tuple[float, float]:
         """The ratio of a re-run in four of five cases; wider where the history is short."""
@@ -199,71 +212,95 @@ class _Seen:
         before = np.lib.stride_tricks.sliding_window_view(self.norms[:-1], 50)
         return float((self.norms[50:] / np.median(before, axis=1)).max())
 
-    def explosion(self) -> str | None:
-        """The sentence that says how the norms explode, None where they do not."""
+    def burst(self) -> str | None:
+        """The sentence that says how norms jump up within a hundred steps, None where none do."""
         windows = np.array_split(self.norms, max(1, self.count // 100))
         burst = max(float(np.log(np.quantile(w, 0.98) / np.median(w))) for w in windows)
-        levels = [float(np.quantile(w, 0.8)) for w in windows]
-        if burst >= _BURST:
-            return f"within 100 steps the largest norms are {math.exp(burst):.0f} times the median"
-        if math.log(max(levels) / min(levels)) >= _DRIFT:
-            return (
-                f"the level of the norms moves between {min(levels):.3g} and {max(levels):.3g} "
-                "during the run"
-            )
-        return None
+        if burst < _BURST:
+            return None
+        return f"within 100 steps the largest norms are {math.exp(burst):.0f} times the median"
+
+    def growth(self) -> str | None:
+        """The sentence that says how the level of the norms grows, None where it does not.
+
+        Falling norms are what a run that converges has.
+        """
+        windows = np.array_split(self.norms, max(1, self.count // 100))
+        levels = np.log([float(np.quantile(w, 0.8)) for w in windows])
+        rises = levels - np.minimum.accumulate(levels)
+        top = int(rises.argmax())
+        if rises[top] < _DRIFT:
+            return None
+        low, high = math.exp(levels[: top + 1].min()), math.exp(levels[top])
+        return f"the level of the norms grows from {low:.3g} to {high:.3g} during the run"
 
 
 def _judge(seen: _Seen, band: tuple[float, float]) -> tuple[Verdict, Policy[Any] | None, list[str]]:
     """The verdict's rules, in their order."""
     ratio, tau = seen.late_ratio, seen.tau
-    keep = ClipNorm(seen.current_threshold) if seen.constant and seen.current_threshold else None
+    norm_type = seen.history.norm_type
+    held = seen.current_threshold if seen.constant else None
+    keep = ClipNorm(held, norm_type) if held else None
     low, high = band
     if seen.nonfinite_ratio > 0.01:
         return "fix_training", keep, [
             (f"{100 * seen.nonfinite_ratio:.1f} % of the steps have a NaN or inf in the gradient: "
             "find where it enters (the events name the parameter) before tuning a threshold")
         ]  # fmt: skip
-    spike = seen.greatest_spike()
-    explosion = seen.explosion()
-    if (ratio or 0.0) < 0.01 and spike <= _SPIKE:
-        said = "nothing is clipped" if ratio is None else f"{100 * ratio:.1f} % is clipped"
+    spike, burst, growth = seen.greatest_spike(), seen.burst(), seen.growth()
+    rarely = ratio < low / 2 if ratio is not None else not seen.history.clipped.any()
+    if rarely and spike <= _SPIKE and not growth:
+        said = "nothing is clipped" if not ratio else f"{100 * ratio:.1f} % is clipped"
+        faults = int(seen.history.nonfinite.sum())
+        state = (
+            f"{faults} steps had a NaN or inf, which no threshold is for; the others are healthy"
+            if faults
+            else "the run is healthy as it is"
+        )
         return "not_needed", None, [
             (f"{said}, and no norm is above {spike:.1f} times the median of the 50 before it: "
-            "the run is healthy as it is"),
+            f"{state}"),
             f"{tau:g} would put it in the band of {_percent(band)}; nothing is wrong without it",
         ]  # fmt: skip
-    if explosion and (ratio is None or ratio >= low):
+    explosion = growth or (burst if ratio is None or ratio >= low else None)
+    if explosion:
+        meanwhile = (
+            "; keep the tight threshold meanwhile" if keep and ratio is not None and ratio >= low
+            else ""
+        )  # fmt: skip
         return "fix_training", keep, [
             f"the norms explode: {explosion}",
-            ("lower the learning rate, or look at the initialisation and the architecture; "
-            "keep the tight threshold meanwhile"),
+            ("lower the learning rate, or look at the initialisation and the architecture"
+            f"{meanwhile}"),
         ]  # fmt: skip
     unsteadiness = seen.unsteadiness(tau)
     if ratio is not None and low <= ratio <= high:
-        realised = float(seen.window_ratios(seen.clipped).std())
-        steady = realised if not seen.constant else unsteadiness
-        if steady <= _STEADY:
+        realised = seen.movement(seen.clipped)
+        if realised <= _STEADY:
             return "keep", None, [
                 (f"{100 * ratio:.0f} % of the steps were clipped, inside the band of "
                 f"{_percent(band)}, and evenly so over the run "
-                f"(standard deviation {100 * steady:.0f} points)")
+                f"(it moves by {100 * realised:.0f} points, chance aside)")
             ]  # fmt: skip
-    if unsteadiness <= _STEADY:
-        return "change", ClipNorm(tau), [
+    if unsteadiness <= _STEADY and low <= _mean(seen.norms > tau) <= high:
+        return "change", ClipNorm(tau, norm_type), [
             *_outside(seen, band),
             (f"{tau:g} would have clipped {100 * seen.ratio(tau):.0f} % of the steps, evenly over "
-            f"the run (standard deviation {100 * unsteadiness:.0f} points)"),
+            f"the run (it moves by {100 * unsteadiness:.0f} points, chance aside)"),
         ]  # fmt: skip
     first = float(np.quantile(seen.norms[:50], 0.8))
-    cap = _CAP * (keep.max_norm if explosion and keep else tau)
-    policy = TargetRatio(low, high, cap=float(f"{cap:.3g}"), initial=float(f"{first:.3g}"))
-    return "use_policy", policy, [
-        *_outside(seen, band),
-        (f"the norms drift: at {tau:g} the share clipped has a standard deviation of "
-        f"{100 * unsteadiness:.0f} points over the run, so no constant stays in the band"),
-        f"{policy} follows them, never above its cap",
-    ]  # fmt: skip
+    drift = (
+        f"the norms drift: {tau:g} would have clipped {100 * seen.ratio(tau):.0f} % of the run's "
+        f"steps and {100 * _mean(seen.norms > tau):.0f} % after its first fifth, where the share "
+        f"moves by {100 * unsteadiness:.0f} points, so no constant stays in the band"
+    )
+    if norm_type != 2.0:
+        other = f"TargetRatio follows L2 norms; these are of type {norm_type:g}"
+        return "use_policy", ClipNorm(tau, norm_type), [*_outside(seen, band), drift, other]
+    cap = float(f"{_CAP * tau:.3g}")
+    policy = TargetRatio(low, high, cap=cap, initial=float(f"{min(first, cap):.3g}"))
+    follows = f"{policy} follows them, never above its cap"
+    return "use_policy", policy, [*_outside(seen, band), drift, follows]
 
 
 def _outside(seen: _Seen, band: tuple[float, float]) -> list[str]:
@@ -320,14 +357,26 @@ def _check(target: float, band: tuple[float, float]) -> None:
 
 
 def _middle(norms: np.ndarray[Any, Any], target: float) -> float:
-    """The geometric middle of two quantiles around 1 - target, to three digits.
+    """The geometric middle of two quantiles around 1 - target, to three digits or what it takes.
 
     Of some twenty-five ways tried, none came nearer on runs repeated with another seed.
     """
     if not len(norms):
         return math.nan
     low, high = np.quantile(norms, [max(0.0, 0.95 - target), min(1.0, 1.05 - target)])
-    return float(f"{math.sqrt(low * high):.3g}")
+    exact = math.sqrt(low) * math.sqrt(high)
+    share = _mean(norms > exact)
+    for digits in range(3, 17):
+        rounded = float(f"{exact:.{digits}g}")
+        if abs(_mean(norms > rounded) - share) <= 0.01:
+            return rounded
+    return float(exact)
+
+
+def _norm_type(policies: Sequence[Mapping[str, Any]]) -> float:
+    """The type of the norms on record; JSON has no inf, so that is null there."""
+    norm_type = policies[0].get("norm_type", 2.0) if policies else 2.0
+    return math.inf if norm_type is None else float(norm_type)
 
 
 def _mean(values: np.ndarray[Any, Any]) -> float:

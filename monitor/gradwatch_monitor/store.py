@@ -33,6 +33,7 @@ __all__ = ["STEP_COLUMNS", "Event", "Finding", "Run", "Store", "Summary", "statu
 STEP_COLUMNS = tuple(
     c.name for c in schema.step_records.columns if c.name not in {"run_id", "attempt"}
 )
+_IDS = 2**63  # databases count no further
 _FLAGS = {"clipped", "nonfinite", "nonfinite_loss", "skipped"}
 _steps = sa.table("steps", *(sa.column(c.name, c.type) for c in schema.step_records.columns))
 
@@ -112,6 +113,17 @@ class Summary:
         return self.clipped / self.steps if self.steps else None
 
 
+def _engine(url: str) -> sa.Engine:
+    try:
+        return sa.create_engine(url)
+    except (ImportError, sa.exc.ArgumentError) as error:
+        msg = (
+            f"{redact(url)}: {error}; pip install 'gradwatch[postgres]' brings the driver of "
+            "postgresql+psycopg:// URLs"
+        )
+        raise StoreError(msg) from None
+
+
 class Store:
     """A store opened to read. Nothing it does can hold up or change a running job.
 
@@ -128,7 +140,7 @@ class Store:
         self._url = resolve_store(url)
         path = sqlite_path(self._url)
         if path is None:
-            self._engine = sa.create_engine(self._url)
+            self._engine = _engine(self._url)
         else:
             if not path.exists():
                 msg = (
@@ -166,7 +178,7 @@ class Store:
         tests: list[sa.ColumnElement[bool]] = []
         if isinstance(key, str):
             tests += [runs.c.name == key, runs.c.uid == key]
-        if isinstance(key, int) or key.isdecimal():
+        if (isinstance(key, int) or key.isdecimal()) and int(key) < _IDS:
             tests.append(runs.c.id == int(key))
         with self._reading() as connection:
             for test in tests:

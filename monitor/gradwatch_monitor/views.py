@@ -44,8 +44,9 @@ class Timeline:
     Start from nothing again when an attempt began: it may have hidden steps that were read.
     """
 
-    def __init__(self, run_id: int) -> None:
+    def __init__(self, run_id: int, uid: str = "") -> None:
         self.run_id = run_id
+        self.uid = uid  # a store that was deleted and made anew counts its runs from 1 again
         self._attempts = -1
         self._columns: dict[str, np.ndarray[Any, Any]] = {}
 
@@ -138,10 +139,10 @@ def loss_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
 
 
 def what_if(timeline: Timeline, threshold: float) -> tuple[float, int]:
-    """The share of the finite norms above a threshold, and how many finite norms there are."""
+    """The share of the norms above a threshold, and how many there are: finite and above 0."""
     norms = timeline["pre_norm"]
-    finite = norms[np.isfinite(norms)]
-    return (float((finite > threshold).mean()) if len(finite) else 0.0), len(finite)
+    usable = norms[np.isfinite(norms) & (norms > 0)]
+    return (float((usable > threshold).mean()) if len(usable) else 0.0), len(usable)
 
 
 def what_if_curve(
@@ -159,8 +160,7 @@ def what_if_curve(
     extra = [value for value in include if value and grid[0] <= value <= grid[-1]]
     grid = np.unique([*(float(f"{value:.3g}") for value in grid), *extra])
     above = len(norms) - np.searchsorted(norms, grid, side="right")
-    finite = int(np.isfinite(timeline["pre_norm"]).sum())
-    return pd.DataFrame({"threshold": grid, "clip_ratio": above / finite})
+    return pd.DataFrame({"threshold": grid, "clip_ratio": above / len(norms)})
 
 
 def events_table(store: Store, run_id: int, limit: int = 500) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from loops import greatest_difference, mlp, twins
+from loops import greatest_difference, mlp, set_gradients, twins
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 
@@ -232,3 +232,47 @@ def test_a_scaler_that_is_off_records_no_loss_scale():
     assert agent.flush()
     assert math.isnan(sink.steps[0].loss_scale)
     assert not sink.steps[0].skipped
+
+
+def _scaled_step(clip, *, by_hand=False, scale=1024.0):
+    """One SGD step at lr 1 whose gradients still carry the loss scale; the applied update."""
+    model = mlp()
+    groups = [{"params": [p]} for p in model.parameters()] if isinstance(clip, list) else None
+    optimizer = torch.optim.SGD(groups or model.parameters(), lr=1.0, fused=True)
+    agent = gradwatch.Agent(optimizer, clip=clip, store=MemorySink(), metrics_port=None)
+    set_gradients(3, model, size=5.0)
+    plain = [p.grad.clone() for p in model.parameters()]
+    before = [p.detach().clone() for p in model.parameters()]
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(torch.zeros(()))
+    for p in model.parameters():
+        p.grad.mul_(scale)
+    if by_hand:
+        agent.clip()
+    scaler.step(optimizer)
+    applied = [b - p.detach() for b, p in zip(before, model.parameters(), strict=True)]
+    return agent.last, plain, applied
+
+
+def test_clip_value_under_a_scaler_clamps_the_true_gradient():
+    """The limit is multiplied by the loss scale that the gradients still carry."""
+    _, plain, applied = _scaled_step(gradwatch.ClipValue(0.05))
+    for a, g in zip(applied, plain, strict=True):
+        torch.testing.assert_close(a, g.clamp(-0.05, 0.05), atol=2e-6, rtol=1e-5)
+
+
+def test_a_policy_a_group_under_a_scaler_bit_by_bit(monkeypatch):
+    """In place and exact (GRADWATCH_FOLD=0): each group by its own true norm."""
+    monkeypatch.setenv("GRADWATCH_FOLD", "0")
+    _, plain, applied = _scaled_step([gradwatch.ClipNorm(0.2)] * len(list(mlp().parameters())))
+    for a, g in zip(applied, plain, strict=True):
+        expected = g * min(1.0, 0.2 / (float(g.norm()) + 1e-6))
+        torch.testing.assert_close(a, expected, atol=2e-6, rtol=1e-5)
+
+
+def test_clip_by_hand_before_unscale_records_the_true_norm():
+    """What clip() saw was the loss scale times too great; the record says what it was."""
+    record, plain, _ = _scaled_step(gradwatch.ClipNorm(1e9), by_hand=True)
+    true = float(torch.nn.utils.get_total_norm(plain))
+    assert record.pre_norm == pytest.approx(true, rel=1e-5)
+    assert record.loss_scale == 1024.0

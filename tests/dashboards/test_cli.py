@@ -216,3 +216,40 @@ def test_output_into_a_pipe_that_closes():
     )  # fmt: skip
     assert result.stdout == "["
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("show", "9" * 30),
+        ("runs", "--store", "postgresql+nosuch://u:s3cret@127.0.0.1/x"),
+        ("store", "migrate", "--store", "text.txt"),
+        ("store", "migrate", "--store", "other.db"),
+    ],
+)
+def test_bad_input_is_said_without_a_traceback(run, command):
+    """Numbers no database counts to, drivers that are not there, files that are no store."""
+    write_run(steps=2)
+    Path("text.txt").write_text("no database " * 500)
+    with sqlite3.connect("other.db") as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    status, text, errors = run(*command)
+    assert status in {1, 2}
+    assert errors.startswith("gradwatch: ")
+    assert "Traceback" not in text + errors
+    assert "s3cret" not in text + errors
+    with sqlite3.connect("other.db") as connection:
+        assert [name for (name,) in connection.execute("SELECT name FROM sqlite_master")] == [
+            "theirs"
+        ]
+
+
+def test_doctor_tells_of_wrong_settings(run, monkeypatch):
+    """A problem among the checks, not the end of them."""
+    monkeypatch.setenv("GRADWATCH_METRICS_PORT", "abc")
+    status, text, _ = run("doctor", "--json")
+    checks = {check["subject"]: check for check in json.loads(text)}
+    assert status == 1
+    assert checks["settings"]["status"] == "problem"
+    assert "GRADWATCH_METRICS_PORT" in checks["settings"]["detail"]
+    assert checks["torch"]["status"] == "ok"

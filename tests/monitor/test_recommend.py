@@ -161,3 +161,72 @@ def test_a_run_that_only_observes(tmp_path):
         result = recommend(store, 1)
     assert result.current_clip_ratio is None
     assert result.sentence.startswith(f"{result.threshold:g} would have clipped")
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("share", [0.005, 0.02, 0.04])
+def test_a_healthy_run_clipped_rarely_is_told_that_nothing_is_wrong(seed, share):
+    """At 2 % as at half a percent; and what would put it in the band."""
+    norms = lognormal(1500, spread=0.3, seed=seed)
+    result = recommend_from(history(norms, threshold=float(np.quantile(norms, 1 - share))))
+    assert (result.verdict, result.policy) == ("not_needed", None)
+    assert any("would put it in the band" in reason for reason in result.reasons)
+
+
+@pytest.mark.parametrize("count", [80, 150, 300, 1000])
+def test_chance_is_not_drift(count):
+    """Independent norms of one distribution: a constant holds, however few there are."""
+    verdicts = [
+        recommend_from(history(lognormal(count, middle=9.0, seed=seed))).verdict
+        for seed in range(40)
+    ]
+    assert verdicts.count("change") >= (32 if count < 200 else 36)
+
+
+def test_another_policy_s_clipping_is_not_called_none():
+    """ClipValue has no threshold of the norm, and clips all the same."""
+    norms = lognormal(600, spread=0.2)
+    told = history(norms, threshold=None, policy="ClipValue")
+    told.clipped[:] = True
+    result = recommend_from(told)
+    assert result.verdict == "change"
+    assert any("ClipValue clips by another measure" in reason for reason in result.reasons)
+
+
+def test_the_norm_type_is_kept():
+    """A threshold for maximum norms, read off maximum norms; from a real store too."""
+    result = recommend_from(history(lognormal(800, middle=9.0), norm_type=math.inf))
+    assert result.policy == ClipNorm(result.threshold, math.inf)
+    write_run(norms=lognormal(300, middle=9.0), policy=ClipNorm(1.0, math.inf))
+    with Store("gradwatch.db") as store:
+        found = recommend(store, 1)
+    assert found.policy.norm_type == math.inf
+
+
+def test_growing_norms_are_not_healthy_and_falling_ones_do_not_explode():
+    """Growth is found at any threshold; a run that converges is not told of an explosion."""
+    growth = np.exp(np.linspace(0, 7, 1500)) * lognormal(1500, spread=0.1)
+    for threshold in (1e4, None):
+        result = recommend_from(history(growth, threshold=threshold))
+        assert result.verdict == "fix_training"
+        assert "grows" in result.reasons[0]
+        assert not any("keep the tight" in reason for reason in result.reasons)
+    falling = recommend_from(history(growth[::-1].copy(), threshold=30.0))
+    assert falling.verdict == "use_policy"
+
+
+def test_narrow_norms_get_as_many_digits_as_they_need():
+    """Norms of 10.02 ± 0.008: three digits would clip all of them."""
+    norms = 10.02 + 0.008 * np.random.default_rng(0).normal(size=1000)
+    result = recommend_from(history(norms))
+    assert result.predicted_clip_ratio == pytest.approx(0.2, abs=0.03)
+
+
+def test_a_threshold_that_moved_is_not_said_to_have_clipped_it_all():
+    """The sentence names a threshold only where it was in force all along."""
+    norms = lognormal(1000)
+    thresholds = np.where(np.arange(1000) < 900, 0.1, 50.0)
+    clipped = norms > thresholds
+    result = recommend_from(History(norms, thresholds, clipped, ~np.isfinite(norms)))
+    assert " at " not in result.sentence.split(";")[0]
+    assert result.current_threshold == 50.0

@@ -124,8 +124,8 @@ def page(run_id: int) -> None:
         st.session_state["live"] = False
         st.rerun()
     timeline = st.session_state.get("timeline")
-    if timeline is None or timeline.run_id != run_id:
-        timeline = st.session_state["timeline"] = views.Timeline(run_id)
+    if timeline is None or timeline.uid != run.uid:
+        timeline = st.session_state["timeline"] = views.Timeline(run_id, run.uid)
         st.session_state.pop("threshold", None)
     timeline.refresh(store)
     heading(run, store.summary(run_id))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ import sqlalchemy as sa
 
 from gradwatch import schema
 from gradwatch.config import redact, resolve_store, sqlite_path
-from gradwatch.errors import StoreNotFoundError
+from gradwatch.errors import StoreError, StoreNotFoundError
 from gradwatch.sinks.sqlite import writing_engine
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def migrate(url: str) -> tuple[str | None, str]:
     Raises `StoreNotFoundError` where there is no such file, `StoreError` where it is not a store.
     """
     from alembic import command  # noqa: PLC0415
+    from alembic.util import CommandError  # noqa: PLC0415
 
     url = resolve_store(url)
     path = sqlite_path(url)
@@ -46,7 +48,14 @@ def migrate(url: str) -> tuple[str | None, str]:
             before = schema.revision(connection)
             if before == schema.REVISION:
                 return before, before
+            if before is None and sa.inspect(connection).get_table_names():
+                msg = f"{redact(url)} is somebody else's database: it has tables, but no store"
+                raise StoreError(msg)
             command.upgrade(configuration(connection), "head")
             return before, schema.revision(connection) or ""
+    except (sa.exc.SQLAlchemyError, sqlite3.Error, CommandError, OSError) as error:
+        cause = getattr(error, "orig", None) or error
+        msg = f"{redact(url)} cannot be migrated: {str(cause).strip().splitlines()[0]}"
+        raise StoreError(msg) from None
     finally:
         engine.dispose()
