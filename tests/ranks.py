@@ -96,6 +96,39 @@ def data_parallel(rank, world):
     return {**result, "norms": norms, "expected": expected, "url": url, "run": agent.run_id}
 
 
+def changed_while_running(rank, world, listening):
+    """DDP to which another threshold is applied; the threshold and the clip flag of each step."""
+    from gradwatch import control
+    from gradwatch_monitor import Store
+
+    control.ANSWER_SECONDS = 20.0 if listening == world else 1.0
+    model = nn.parallel.DistributedDataParallel(mlp())
+    optimizer = adamw(model.parameters(), fused=True)
+    agent = gradwatch.Agent(
+        optimizer, model=model, clip=gradwatch.ClipNorm(5.0), remote_control=rank < listening
+    )
+    taken, left = [], torch.tensor([5.0])
+    for step in range(3000):
+        optimizer.zero_grad()
+        loss_of(model, step, rank).backward()
+        optimizer.step()
+        taken.append((agent.last.threshold, agent.last.clipped))
+        if rank == 0 and step == 20:
+            assert agent.flush(20)
+            with Store() as store:
+                store.apply(1, 0.5, by="ada")
+        if rank == 0 and step > 20 and step % 10 == 0:
+            with Store() as store:
+                (change,) = store.changes(1)
+            left -= int(change.applied_at is not None or change.refused is not None)
+        dist.broadcast(left, 0)
+        if left.item() == 0:
+            break
+    assert agent.flush(20)
+    agent.close()
+    return {"taken": taken, "weights": flat(model.parameters())}
+
+
 def one_rank_watched(rank, world):
     """DDP of which rank 0 alone is wrapped: nobody waits for anybody."""
     model = nn.parallel.DistributedDataParallel(mlp())

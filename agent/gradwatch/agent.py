@@ -15,6 +15,7 @@ import torch
 from gradwatch import arguments, identity
 from gradwatch.amp import ScalerWatch
 from gradwatch.arguments import NOT_GIVEN, NotGiven
+from gradwatch.control import control_of
 from gradwatch.errors import AlreadyWrappedError, ConfigurationError, NotWrappedError
 from gradwatch.hooks import StepHooks
 from gradwatch.names import ParameterNames
@@ -62,6 +63,7 @@ def wrap(
     on_nonfinite: OnNonFinite = "skip",
     scaler: GradScaler | None = None,
     replace: bool = False,
+    remote_control: bool | None = None,
     settings: Settings | None = None,
 ) -> Optimizer:
     """Clip, record and export every step of this optimizer; returns the same object.
@@ -83,6 +85,8 @@ def wrap(
             "ignore" it (apply it, unclipped).
         scaler: the `GradScaler` of the loop, so that overflows it hides are on record too.
         replace: take the place of an agent that is there (a notebook cell run again).
+        remote_control: whether `gradwatch apply` may change the threshold while the run goes on;
+            default: no.
         settings: `gradwatch.Settings`; arguments come before it, the environment after.
 
     Raises:
@@ -106,6 +110,7 @@ def wrap(
         on_nonfinite=on_nonfinite,
         scaler=scaler,
         replace=replace,
+        remote_control=remote_control,
         settings=settings,
     )
     return optimizer
@@ -131,6 +136,7 @@ class Agent:
         on_nonfinite: OnNonFinite = "skip",
         scaler: GradScaler | None = None,
         replace: bool = False,
+        remote_control: bool | None = None,
         settings: Settings | None = None,
     ) -> None:
         """Instrument the optimizer; see `wrap`."""
@@ -138,7 +144,9 @@ class Agent:
         arguments.model_and_scaler(model, scaler)
         arguments.sparse(optimizer, model, parts)
         on_nonfinite = arguments.on_nonfinite(optimizer, parts, on_nonfinite)
-        self._settings = arguments.settings_of(settings, run, store, metrics_port)
+        self._settings = arguments.settings_of(
+            settings, store, metrics_port, run=run, remote_control=remote_control
+        )
         self._tags = arguments.tags(tags)
         if (there := _agents.get(optimizer)) is not None:
             if not replace:
@@ -294,10 +302,7 @@ class Agent:
             "version": 1,
             "run_id": self.run_id,
             "step": self._hooks.step,
-            "policies": [
-                {"policy": type(p.policy).__name__, "state": p.policy.dump(p.state)}
-                for p in self._hooks.parts
-            ],
+            "policies": [part.dump() for part in self._hooks.parts],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -306,7 +311,7 @@ class Agent:
         Called later, it begins a new attempt of that run. Raises `ConfigurationError` where
         `state` is not from `state_dict`, or from other policies.
         """
-        states = arguments.loaded(state, self._hooks.parts)
+        loaded = arguments.loaded(state, self._hooks.parts)
         if self._channel is not None:
             same = self._channel.run.uid == state["run_id"]
             self._pipeline.close(self._channel, None if same else "finished", CLOSE_SECONDS)
@@ -314,8 +319,7 @@ class Agent:
         if (optimizer := self._optimizer()) is not None:
             self._hooks.new_attempt(optimizer)
         self._hooks.step = state["step"]
-        for part, loaded in zip(self._hooks.parts, states, strict=True):
-            part.state = loaded
+        self._hooks.load(loaded)
         self._uid, self._uid_source = state["run_id"], "state"
 
     # -- beginning and ending ------------------------------------------------------------------
@@ -369,10 +373,13 @@ class Agent:
         )
         if peers is not None and rank == 0:
             peers.lead(run.ring)
+        control = None
+        if self._settings.remote_control:
+            control = control_of(self._hooks.parts, peers, rank, world_size)
         store = self._sink or self._pipeline.store_sink(self._settings.store)
         metrics = self._pipeline.metrics if self._metrics_url else NullSink()
         self._channel = channel.Channel(
-            run, ring, store, metrics, notices=self._hooks.notices, peers=peers
+            run, ring, store, metrics, notices=self._hooks.notices, peers=peers, control=control
         )
         self._pipeline.attach(self._channel, self._settings)
         return self._channel

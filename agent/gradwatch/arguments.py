@@ -107,13 +107,11 @@ def on_nonfinite(optimizer: Optimizer, parts: list[Part], given: Any) -> OnNonFi
     return "skip"
 
 
-def settings_of(settings: Any, run: str | None, store: object, metrics_port: object) -> Settings:
-    """The settings with the arguments put before them."""
+def settings_of(settings: Any, store: object, metrics_port: object, **others: object) -> Settings:
+    """The settings with the arguments put before them, those that are not None."""
     from gradwatch.config import Settings  # noqa: PLC0415 - pydantic is loaded only to wrap
 
-    given: dict[str, Any] = {}
-    if run is not None:
-        given["run"] = run
+    given = {name: value for name, value in others.items() if value is not None}
     if isinstance(store, (str, Path)):
         given["store"] = str(store)
     elif store is not None and not hasattr(store, "write"):
@@ -121,12 +119,16 @@ def settings_of(settings: Any, run: str | None, store: object, metrics_port: obj
         raise ConfigurationError(msg)
     if metrics_port is not NOT_GIVEN:
         given["metrics_port"] = metrics_port
-    if settings is None:
-        return Settings.load(**given)
-    if not isinstance(settings, Settings):
+    if settings is not None and not isinstance(settings, Settings):
         msg = f"settings={settings!r}: a gradwatch.Settings"
         raise ConfigurationError(msg)
-    return settings.override(**given)
+    chosen = Settings.load(**given) if settings is None else settings.override(**given)
+    if chosen.remote_control and hasattr(store, "write") and not hasattr(store, "requested"):
+        msg = (
+            f"remote_control=True needs a store to be asked through: {type(store).__name__} is none"
+        )
+        raise ConfigurationError(msg)
+    return chosen
 
 
 def tags(tags: object) -> dict[str, Any]:
@@ -156,8 +158,8 @@ def model_and_scaler(model: Any, scaler: Any) -> None:
         raise ConfigurationError(msg)
 
 
-def loaded(state: Mapping[str, Any], parts: list[Part]) -> list[Any]:
-    """The policies' states from an agent's state_dict, checked against the policies there are."""
+def loaded(state: Mapping[str, Any], parts: list[Part]) -> list[tuple[Policy[Any], Any]]:
+    """Policies and states from an agent's state_dict, checked against the policies there are."""
     try:
         names = [entry["policy"] for entry in state["policies"]]
         good = (
@@ -171,15 +173,12 @@ def loaded(state: Mapping[str, Any], parts: list[Part]) -> list[Any]:
     if not good:
         msg = "load_state_dict takes what Agent.state_dict() returned"
         raise ConfigurationError(msg)
-    ours = [type(part.policy).__name__ for part in parts]
+    ours = [type(part.wrapped_with).__name__ for part in parts]
     if names != ours:
         msg = f"the state is of {', '.join(names)}; this agent has {', '.join(ours)}"
         raise ConfigurationError(msg)
     try:
-        return [
-            part.policy.load(entry["state"])
-            for part, entry in zip(parts, state["policies"], strict=True)
-        ]
+        return [part.loaded(entry) for part, entry in zip(parts, state["policies"], strict=True)]
     except (TypeError, KeyError, ValueError) as error:
         msg = f"the state of a policy is not as state_dict wrote it ({error!r})"
         raise ConfigurationError(msg) from None
@@ -196,6 +195,7 @@ def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict
         "policies": [policy.describe() for policy in policies],
         "on_nonfinite": hooks.on_nonfinite,
         "fold": settings.fold,
+        "remote_control": settings.remote_control,
         "groups": len(optimizer.param_groups),
         "tensors": len(params),
         "parameters": sum(p.numel() for p in params),

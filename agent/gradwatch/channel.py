@@ -11,6 +11,7 @@ from gradwatch.sinks import NotYetError
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
+    from gradwatch.control import Control
     from gradwatch.notices import Notices
     from gradwatch.peers import Peers
     from gradwatch.recorder import Ring
@@ -63,11 +64,13 @@ class Channel:
         *,
         notices: Notices,
         peers: Peers | None = None,
+        control: Control | None = None,
     ) -> None:
         self.run = run
         self.notices = notices
         self.ring = ring
         self._peers = peers
+        self.control = control
         self.store = Outlet("store", store)
         self.metrics = Outlet("metrics", metrics)
         self.habits = ClippedTwice()

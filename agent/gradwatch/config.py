@@ -67,6 +67,13 @@ class Settings(BaseSettings):
             "bit-identical to torch's `clip_grad_norm_`."
         ),
     ] = True
+    remote_control: Annotated[
+        bool,
+        Field(
+            description="Let whoever can write the store apply another threshold while the run "
+            "goes on (`gradwatch apply`); all ranks need it."
+        ),
+    ] = False
     ring_dir: Annotated[
         Path | None,
         Field(description="Folder of the flight-recorder files; default: beside the store."),

@@ -6,7 +6,7 @@ hangs holds up the worker, never the training.)
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gradwatch.events import decode
 from gradwatch.records import Batch, Event, LayerNorms
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gradwatch.channel import Channel, Outlet
     from gradwatch.clock import Clock
+    from gradwatch.control import Controllable
     from gradwatch.troubles import Troubles
 
 __all__ = ["Delivery"]
@@ -28,6 +29,7 @@ _LOST = {
     "events": "blocks of events overwritten or torn",
 }
 _BATCH_STEPS = 20_000
+_LISTEN_SECONDS = 0.5  # between two looks for a threshold that somebody has applied
 _RETRY_SECONDS = 5.0  # the longest pause between two tries of a sink that failed
 
 
@@ -60,6 +62,8 @@ class Delivery:
         self._try(channel, metrics, self._feed)
         if store_is_due:
             self._try(channel, store, self._feed)
+            if channel.control is not None:
+                self._try(channel, store, self._listen)
         if channel.closing:
             self._finish(channel)
 
@@ -123,6 +127,25 @@ class Delivery:
             outlet.sink.heartbeat(outlet.run)
             outlet.beat_at = self._clock.monotonic() + self.heartbeat
             worked = True
+        return worked
+
+    def _listen(self, channel: Channel, outlet: Outlet) -> bool:
+        """Look whether somebody has applied another threshold; whether one was refused."""
+        control, sink = channel.control, outlet.sink
+        if control is None or outlet.run is None:
+            return False
+        control.listen()
+        controllable = cast("Controllable", sink)  # wrap has checked that
+        worked = bool(control.refused)
+        while control.refused:
+            controllable.refuse(*control.refused[0])
+            del control.refused[0]
+        now = self._clock.monotonic()
+        if control.idle and now >= control.look_at:
+            control.look_at = now + _LISTEN_SECONDS
+            wanted = controllable.requested(outlet.run.uid, control.seen)
+            if wanted is not None:
+                control.offer(wanted)
         return worked
 
     def _batch(self, channel: Channel, outlet: Outlet) -> Batch:

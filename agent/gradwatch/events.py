@@ -15,7 +15,8 @@ from gradwatch.records import Event, LayerNorms
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from gradwatch.records import Skip
+    from gradwatch.policies import Policy
+    from gradwatch.records import Skip, ThresholdChange
 
 __all__ = [
     "LossSpikes",
@@ -30,6 +31,7 @@ __all__ = [
     "nonfinite_gradient",
     "nonfinite_loss",
     "spike_skipped",
+    "threshold_changed",
 ]
 
 _NAMED = 3  # parameters spelled out in a message; all of them are in the data
@@ -223,6 +225,39 @@ def dead_gradient(step: int, time: float, rank: int, tensors: int) -> Event:
 def spike_skipped(step: int, time: float, rank: int, skip: Skip) -> Event:
     """A policy chose not to apply the step."""
     return Event("spike_skipped", step, time, "warning", skip.reason, dict(skip.data), rank)
+
+
+def threshold_changed(
+    step: int,
+    time: float,
+    rank: int,
+    change: ThresholdChange,
+    before: tuple[Policy[Any], float],
+    after: tuple[Policy[Any], float],
+) -> Event:
+    """From this step on another policy clips; `before` and `after` with their thresholds."""
+    why = f": {change.reason}" if change.reason else ""
+    shown = [
+        "none" if math.isnan(threshold) else f"{threshold:.6g}" for _, threshold in (before, after)
+    ]
+    return Event(
+        "threshold_changed",
+        step,
+        time,
+        "info",
+        f"the threshold went from {shown[0]} to {shown[1]} ({before[0]} → {after[0]}), asked for by "
+        f"{change.requested_by}{why}",
+        {
+            "change": change.id,
+            "from": None if math.isnan(before[1]) else before[1],
+            "to": None if math.isnan(after[1]) else after[1],
+            "clip": str(after[0]),
+            "policy": after[0].describe(),
+            "requested_by": change.requested_by,
+            "reason": change.reason,
+        },
+        rank,
+    )
 
 
 # -- as bytes in the flight recorder -------------------------------------------------------------

@@ -22,7 +22,7 @@ from gradwatch.scaling import Carrier
 from gradwatch.treatment import OnNonFinite, OpenStep, Treatment
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from gradwatch.clock import Clock
     from gradwatch.notices import Notices
     from gradwatch.part import Part
+    from gradwatch.policies import Policy
     from gradwatch.tape import Tape
 
 __all__ = ["StepHooks"]
@@ -152,6 +153,12 @@ class StepHooks:
         bits = (FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED)
         return StepRecord(step, time, *numbers, *(bool(flags & bit) for bit in bits))
 
+    def load(self, policies: Sequence[tuple[Policy[Any], Any]]) -> None:
+        """Go on by these policies, one a part, each with what it has learnt."""
+        for part, (policy, state) in zip(self.parts, policies, strict=True):
+            part.policy, part.state = policy, state
+        self._treat.look_at_policies()
+
     def new_attempt(self, optimizer: Optimizer, tape: Tape | None = None) -> None:
         """The coming step begins a new attempt: on this tape, or one that it asks for."""
         self._open = None
@@ -224,7 +231,7 @@ class StepHooks:
             if treat.by_group and (new := treat.new_groups(optimizer)) is not None:
                 self._report("groups", f"a parameter group was added: clipped by {new.policy}")
             tape = self.tape or self._first(optimizer)
-            step = OpenStep(self.step, self._time(), treat.threshold)
+            step = self._begin(tape)
             amp = self._carrier.loss_scale(optimizer)
             if amp.in_memory != 1.0:
                 step.loss_scale = amp.in_memory
@@ -245,6 +252,16 @@ class StepHooks:
             self._failed(error, lost=not by_hand)
             if step is None or not step.flags & (FLAGS.CLIPPED | FLAGS.SKIPPED):
                 self._clip_plainly(optimizer)
+
+    def _begin(self, tape: Tape) -> OpenStep:
+        """The coming step, under the threshold that somebody has applied since the last."""
+        number, time = self.step, self._time()
+        if tape.control is None or (change := tape.control.due(number)) is None:
+            return OpenStep(number, time, self._treat.threshold)
+        event = self._treat.change(number, time, change)
+        step = OpenStep(number, time, self._treat.threshold)
+        step.messages = [encode_event(event)]
+        return step
 
     def _first(self, optimizer: Optimizer) -> Tape:
         """Begin a tape; before it, refuse a policy that cannot clip what gradients there are."""

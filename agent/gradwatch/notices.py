@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gradwatch import events
 from gradwatch.norms import fault, tensor_norms
@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.names import ParameterNames
-    from gradwatch.records import Event, Measurement, Skip
+    from gradwatch.policies import Policy
+    from gradwatch.records import Event, Measurement, Skip, ThresholdChange
 
 __all__ = ["Notices"]
 
@@ -98,6 +99,17 @@ class Notices:
     def skipped(self, step: int, time: float, skip: Skip) -> Event:
         """A step that the policy chose not to apply."""
         return events.spike_skipped(step, time, self.rank, skip)
+
+    def changed(
+        self,
+        step: int,
+        time: float,
+        change: ThresholdChange,
+        before: tuple[Policy[Any], float],
+        after: tuple[Policy[Any], float],
+    ) -> Event:
+        """Another threshold or policy was applied to the running job."""
+        return events.threshold_changed(step, time, self.rank, change, before, after)
 
     def samples(self, step: int, measured: Sequence[Measurement]) -> tuple[bool, bool]:
         """Whether this step's layer norms are sampled, and whether with the weights' norms.

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from gradwatch.errors import ConfigurationError
 from gradwatch.norms import Meter
+from gradwatch.policies import build
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor
     from torch.optim import Optimizer
 
@@ -33,8 +36,30 @@ class Part:
     def __init__(self, policy: Policy[Any], group: int | None = None) -> None:
         self.policy = policy
         self.state = policy.init()
+        self.wrapped_with = policy  # before any change that was applied to the running job
         self.group = group
         self._meter = Meter(policy.norm_type)
+
+    def dump(self) -> dict[str, Any]:
+        """Policy and state for a checkpoint: `applied` is there where the policy was changed."""
+        dumped = {
+            "policy": type(self.wrapped_with).__name__,
+            "state": self.policy.dump(self.state),
+        }
+        if self.policy is not self.wrapped_with:
+            dumped["applied"] = self.policy.describe()
+        return dumped
+
+    def loaded(self, dumped: Mapping[str, Any]) -> tuple[Policy[Any], Any]:
+        """The policy and the state that `dump` wrote."""
+        policy = build(dumped["applied"]) if "applied" in dumped else self.wrapped_with
+        return policy, policy.load(dumped["state"])
+
+    def take(self, policy: Policy[Any]) -> None:
+        """Clip by this policy from now on. What one of its kind has learnt, it goes on with."""
+        same = type(policy) is type(self.policy)
+        self.state = policy.load(self.policy.dump(self.state)) if same else policy.init()
+        self.policy = policy
 
     def gradients(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, and their gradients."""

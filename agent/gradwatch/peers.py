@@ -7,6 +7,7 @@ which one rank alone is wrapped must not wait for the others.
 from __future__ import annotations
 
 import contextlib
+from datetime import timedelta
 from typing import Any
 
 __all__ = ["Peers"]
@@ -38,14 +39,42 @@ class Peers:
 
     def lead(self, ring: str) -> None:
         """On rank 0: say that the run has begun, with this flight recorder."""
-        with contextlib.suppress(RuntimeError):
-            self._store.set(self._key, ring)
+        self.put("leader", ring)
 
     def leader(self) -> str | None:
         """Rank 0's flight recorder, None as long as it has not said so. Does not wait."""
+        return self.look("leader")
+
+    # Rank 0, which keeps the store, may be gone: then nothing is heard any more.
+
+    def put(self, key: str, value: str) -> None:
+        """Tell all ranks."""
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"{self._key}/{key}", value)
+
+    def look(self, key: str) -> str | None:
+        """What a rank has put there; None as long as there is nothing. Does not wait."""
         try:
-            if self._store.check([self._key]):
-                return str(self._store.get(self._key).decode())
-        except RuntimeError:  # rank 0, which keeps the store, may be gone
+            if self._store.check([f"{self._key}/{key}"]):
+                return self._get(key)
+        except RuntimeError:
             pass
         return None
+
+    def wait(self, key: str, seconds: float) -> str | None:
+        """The same, once it is there; None where it is not in time."""
+        try:
+            self._store.wait([f"{self._key}/{key}"], timedelta(seconds=seconds))
+            return self._get(key)
+        except RuntimeError:
+            return None
+
+    def count(self, key: str, add: int = 0) -> int:
+        """Add to a number that all ranks share; returns it, 0 where the store is gone."""
+        try:
+            return int(self._store.add(f"{self._key}/{key}", add))
+        except RuntimeError:
+            return 0
+
+    def _get(self, key: str) -> str:
+        return str(self._store.get(f"{self._key}/{key}").decode())

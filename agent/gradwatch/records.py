@@ -30,6 +30,7 @@ __all__ = [
     "Severity",
     "Skip",
     "StepRecord",
+    "ThresholdChange",
 ]
 
 Severity = Literal["info", "warning", "critical"]
@@ -146,6 +147,20 @@ class Finding:
     message: str
     advice: str
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ThresholdChange:
+    """A request to clip otherwise from now on: by a constant `threshold`, or by a `policy`.
+
+    `policy` is as `Policy.describe` gives it. `id` counts the requests of a store.
+    """
+
+    id: int
+    threshold: float | None
+    policy: Mapping[str, Any] | None
+    requested_by: str
+    reason: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

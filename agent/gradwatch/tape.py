@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 from gradwatch.recorder import NullRing
 
 if TYPE_CHECKING:
+    from gradwatch.control import Control
     from gradwatch.recorder import Ring
 
 __all__ = ["NullTape", "Tape"]
@@ -16,6 +17,7 @@ class Tape(Protocol):
     """What the training thread writes to."""
 
     overhead: float  # seconds spent in the hooks, all steps together
+    control: Control | None  # where somebody may apply another threshold while the run goes on
 
     @property
     def ring(self) -> Ring | NullRing:
@@ -33,6 +35,7 @@ class NullTape:
     def __init__(self) -> None:
         self.ring = NullRing()
         self.overhead = 0.0
+        self.control: Control | None = None
 
     def lose(self, reason: str, count: int = 1) -> None:
         """Do nothing."""

@@ -9,6 +9,7 @@ import math
 from math import isfinite
 from typing import TYPE_CHECKING, Literal
 
+from gradwatch.control import replaced
 from gradwatch.errors import NonFiniteGradientError
 from gradwatch.events import encode_event
 from gradwatch.norms import combine
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.notices import Notices
-    from gradwatch.records import Event, Measurement
+    from gradwatch.records import Event, Measurement, ThresholdChange
     from gradwatch.scaling import Carrier
 
 __all__ = ["OnNonFinite", "OpenStep", "Treatment"]
@@ -65,8 +66,12 @@ class Treatment:
         self._carrier = carrier
         self._only = parts[0] if len(parts) == 1 else None
         self.by_group = parts[0].group is not None
-        self._wants_loss = any(part.policy.wants_loss for part in parts)
-        self._learns = any(part.policy.learns for part in parts)
+        self.look_at_policies()
+
+    def look_at_policies(self) -> None:
+        """Note what the policies ask for; again whenever one has been replaced."""
+        self._wants_loss = any(part.policy.wants_loss for part in self.parts)
+        self._learns = any(part.policy.learns for part in self.parts)
 
     @property
     def threshold(self) -> float:
@@ -83,6 +88,16 @@ class Treatment:
             self.parts.append(Part(self.parts[-1].policy, group))
         self._only = None
         return self.parts[-1]
+
+    def change(self, step: int, time: float, change: ThresholdChange) -> Event:
+        """Clip as was asked for from this step on, before anything is done to it."""
+        (part,) = self.parts
+        before, threshold = part.policy, self.threshold
+        part.take(replaced(before, change))
+        self.look_at_policies()
+        return self.notices.changed(
+            step, time, change, (before, threshold), (part.policy, self.threshold)
+        )
 
     def look(
         self, optimizer: Optimizer, step: OpenStep, scale: float, loss: Tensor | float | None

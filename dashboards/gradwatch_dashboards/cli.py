@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import getpass
 import json
 import math
 import os
@@ -169,6 +170,63 @@ def recommend(
         out.print(f"  - {escape(reason)}")
     if result.policy is not None:
         out.print(f"\nclip=gradwatch.{escape(str(result.policy))}")
+
+
+@app.command()
+def apply(
+    run: RunArgument,
+    threshold: Annotated[
+        float | None, typer.Argument(metavar="[THRESHOLD]", help="The norm to clip at.")
+    ] = None,
+    recommended: Annotated[
+        bool, typer.Option("--recommended", help="What `gradwatch recommend` says.")
+    ] = False,
+    reason: Annotated[str | None, typer.Option(help="Why; it goes on record.")] = None,
+    wait: Annotated[
+        float, typer.Option(min=0, max=3600, help="Seconds to wait until the job has taken it.")
+    ] = 10.0,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Apply another threshold to a running job that was started with remote control."""
+    if (threshold is None) != recommended:
+        msg = "apply takes a threshold, or --recommended"
+        raise ConfigurationError(msg)
+    with _open(store) as opened:
+        found = opened.run(run)
+        policy = None
+        if recommended:
+            from gradwatch_monitor import recommend as recommend_run  # noqa: PLC0415
+
+            result = recommend_run(opened, found.id)
+            policy = result.policy
+            if policy is None:
+                msg = f"{found.name}: {result.verdict.replace('_', ' ')}; there is nothing to apply"
+                raise GradwatchError(msg)
+            reason = reason or f"recommended: {result.verdict}"
+        change = opened.apply(
+            found.id, threshold, policy=policy, by=getpass.getuser(), reason=reason
+        )
+        deadline = time.monotonic() + wait
+        while change.applied_at is None and change.refused is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            (change,) = (c for c in opened.changes(found.id) if c.id == change.id)
+    if as_json:
+        _print_json({"run": found.name, "run_id": found.id, **dataclasses.asdict(change)})
+    elif change.applied_step is not None:
+        to = _number(change.threshold) if policy is None else str(policy)
+        before = _number(change.previous)
+        out.print(
+            f"{escape(found.name)}: from step {change.applied_step:,} on {escape(to)} (before: {before})"
+        )
+    elif change.refused is not None:
+        err.print(f"gradwatch: {escape(found.name)} did not take it: {escape(change.refused)}")
+    else:
+        err.print(
+            f"gradwatch: {escape(found.name)} has not taken it yet; `gradwatch show` will tell"
+        )
+    if change.applied_step is None:
+        raise typer.Exit(NOT_FOUND)
 
 
 @app.command()

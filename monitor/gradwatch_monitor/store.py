@@ -17,17 +17,26 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gradwatch import schema
 from gradwatch.config import DEFAULT_STORE, redact, resolve_store, sqlite_path
-from gradwatch.errors import RunNotFoundError, StoreError, StoreNotFoundError
-from gradwatch.sinks.register import LIVE_SECONDS
+from gradwatch.errors import (
+    ConfigurationError,
+    RunNotFoundError,
+    StoreError,
+    StoreNotFoundError,
+)
+from gradwatch.policies import ClipNorm
+from gradwatch.sinks.sqlite import writing_engine
+from gradwatch_monitor.rows import Change, Event, Finding, Run, Summary
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
     from types import TracebackType
 
     import pandas as pd
 
-__all__ = ["STEP_COLUMNS", "Event", "Finding", "Run", "Store", "Summary", "status_of"]
+    from gradwatch.policies import Policy
+
+__all__ = ["STEP_COLUMNS", "Change", "Event", "Finding", "Run", "Store", "Summary", "status_of"]
 
 # The record's columns as `steps` returns them: absent values are NaN, flags are booleans.
 STEP_COLUMNS = tuple(
@@ -36,81 +45,6 @@ STEP_COLUMNS = tuple(
 _IDS = 2**63  # databases count no further
 _FLAGS = {"clipped", "nonfinite", "nonfinite_loss", "skipped"}
 _steps = sa.table("steps", *(sa.column(c.name, c.type) for c in schema.step_records.columns))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Run:
-    """One row of `runs`: times in Unix seconds, `status` as the agent left it."""
-
-    id: int
-    uid: str
-    name: str
-    job: str
-    started_at: float
-    ended_at: float | None
-    heartbeat_at: float
-    status: str
-    host: str
-    pid: int
-    world_size: int
-    tags: Mapping[str, Any]
-    settings: Mapping[str, Any]
-    metrics_url: str | None
-
-    def is_live(self, now: float | None = None) -> bool:
-        """Whether it runs and has shown a sign of life in the last minute."""
-        now = time.time() if now is None else now
-        return self.status == "running" and now - self.heartbeat_at < LIVE_SECONDS
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Event:
-    """One row of `events` on the visible timeline."""
-
-    id: int
-    step: int
-    time: float
-    rank: int | None
-    kind: str
-    severity: str
-    message: str
-    data: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Finding:
-    """One row of `findings`."""
-
-    finding: str
-    severity: str
-    first_step: int
-    last_step: int
-    found_at: float
-    ended_at: float | None
-    message: str
-    advice: str
-    data: Mapping[str, Any]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Summary:
-    """Counts over a run's visible timeline, and its last values (None where there is none)."""
-
-    steps: int
-    clipped: int
-    nonfinite: int
-    skipped: int
-    amp_overflows: int
-    last_step: int | None
-    last_time: float | None
-    last_loss: float | None
-    last_pre_norm: float | None
-    last_threshold: float | None
-
-    @property
-    def clip_ratio(self) -> float | None:
-        """Clipped steps over all steps; None before the first."""
-        return self.clipped / self.steps if self.steps else None
 
 
 def _engine(url: str) -> sa.Engine:
@@ -316,6 +250,60 @@ class Store:
         with self._reading() as connection:
             return [Finding(**row._mapping) for row in connection.execute(query)]
 
+    # -- thresholds that are applied to a running job ------------------------------------------
+
+    def changes(self, run_id: int) -> list[Change]:
+        """The thresholds that were asked for, the latest first."""
+        c = schema.threshold_changes.c
+        names = [field.name for field in dataclasses.fields(Change)]
+        query = sa.select(*(c[name] for name in names)).where(c.run_id == run_id)
+        with self._reading() as connection:
+            found = connection.execute(query.order_by(c.id.desc()))
+            return [Change(**row._mapping) for row in found]
+
+    def apply(
+        self,
+        run_id: int,
+        threshold: float | None = None,
+        *,
+        policy: Policy[Any] | None = None,
+        by: str,
+        reason: str | None = None,
+    ) -> Change:
+        """Ask a running job to clip at `threshold`, or by `policy`, from its next step on.
+
+        The job takes it within about a second, all ranks at one step; `changes` tells. It must
+        have been started with remote control.
+
+        Raises `ConfigurationError` where that cannot be asked of this run.
+        """
+        run = self.run(run_id)
+        if (threshold is None) == (policy is None):
+            msg = "apply takes a threshold or a policy"
+            raise ConfigurationError(msg)
+        if threshold is not None:
+            threshold = ClipNorm(threshold).max_norm  # says what a threshold is
+        if not run.is_live():
+            msg = f"run {run.name!r} is not running: its status is {status_of(run)}"
+            raise ConfigurationError(msg)
+        if not run.settings.get("remote_control"):
+            msg = (
+                f"run {run.name!r} does not allow it: start the job with GRADWATCH_REMOTE_CONTROL=1 "
+                "or wrap(..., remote_control=True)"
+            )
+            raise ConfigurationError(msg)
+        values = {
+            "run_id": run.id,
+            "requested_at": time.time(),
+            "requested_by": by,
+            "reason": reason,
+            "threshold": threshold,
+            "policy": None if policy is None else policy.describe(),
+        }
+        with self._writing() as connection:
+            connection.execute(sa.insert(schema.threshold_changes).values(**values))
+        return self.changes(run.id)[0]
+
     def close(self) -> None:
         """Let the connections go."""
         self._engine.dispose()
@@ -332,6 +320,22 @@ class Store:
     ) -> None:
         """Close it."""
         self.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[sa.Connection]:
+        """A transaction of its own; the tables that control a job are all that is written here."""
+        path = sqlite_path(self._url)
+        engine = self._engine if path is None else writing_engine(self._url, path)
+        try:
+            with engine.begin() as connection:
+                yield connection
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            reason = str(getattr(error, "orig", None) or error).strip().splitlines()
+            msg = f"cannot write the store {self.name}: {reason[0]}"
+            raise StoreError(msg) from error
+        finally:
+            if path is not None:
+                engine.dispose()
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:

@@ -41,6 +41,30 @@ def test_data_parallel(tmp_path, world):
     assert not list(tmp_path.glob("*.rings/*.ring"))  # all was stored
 
 
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_threshold_applied_live_is_taken_by_all_ranks_at_one_step(tmp_path, world):
+    """Thresholds and clip flags stay equal step by step, and so do the weights."""
+    results = ranks.run(ranks.changed_while_running, world, tmp_path, listening=world)
+    first = results[0]
+    assert all(result == first for result in results[1:])
+    thresholds = [threshold for threshold, _ in first["taken"]]
+    assert set(thresholds) == {5.0, 0.5}
+    ((applied, refused),) = query("SELECT applied_step, refused FROM threshold_changes")
+    assert refused is None
+    assert thresholds == [5.0] * applied + [0.5] * (len(thresholds) - applied)
+    assert query("SELECT rank, step FROM events WHERE kind = 'threshold_changed'") == [(0, applied)]
+
+
+def test_a_threshold_that_one_rank_would_not_take_is_taken_by_none(tmp_path):
+    """A rank without remote control does not answer; the others leave things as they are."""
+    results = ranks.run(ranks.changed_while_running, 3, tmp_path, listening=2)
+    assert all(result == results[0] for result in results[1:])
+    assert {threshold for threshold, _ in results[0]["taken"]} == {5.0}
+    ((applied, refused),) = query("SELECT applied_step, refused FROM threshold_changes")
+    assert applied is None
+    assert "not all of the other 2 ranks answered" in refused
+
+
 def test_one_rank_alone_may_be_watched(tmp_path):
     """Nothing waits for ranks that are not."""
     one, other = ranks.run(ranks.one_rank_watched, 2, tmp_path)

@@ -1,5 +1,6 @@
 """Policies, by numbers worked out by hand."""
 
+import inspect
 import json
 import math
 
@@ -9,7 +10,7 @@ import torch
 from loops import mlp, set_gradients
 
 import gradwatch
-from gradwatch.policies import ClipNorm, ClipValue, ObserveOnly, Policy, TargetRatio
+from gradwatch.policies import ClipNorm, ClipValue, ObserveOnly, Policy, TargetRatio, build
 from gradwatch.records import Clamp, Keep, Measurement, Scale, ScaleEach, Skip
 from gradwatch.testing import MemorySink
 
@@ -216,3 +217,26 @@ def test_policies_by_tensor_unit_and_skipping_fit_the_border(fused):
     assert agent.flush()
     assert [(r.skipped, r.nonfinite) for r in sink.steps] == [(bool(s % 2), False)
                                                               for s in range(4)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        gradwatch.AdaptiveGradientClip(0.02),
+        gradwatch.ClipLayerNorm(2.0),
+        gradwatch.ClipNorm(2.0, norm_type=1.0),
+        gradwatch.ClipValue(0.5),
+        gradwatch.ObserveOnly(),
+        gradwatch.PercentileClip(90),
+        gradwatch.SkipSpikes(gradwatch.TargetRatio(cap=3.0), window=64),
+        gradwatch.TargetRatio(cap=3.0),
+        gradwatch.ZClip(),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_a_policy_can_be_built_from_its_description(policy):
+    """Through JSON, as the store keeps it; the description holds the arguments and nothing else."""
+    description = json.loads(json.dumps(policy.describe()))
+    assert build(description) == policy
+    arguments = set(inspect.signature(type(policy)).parameters)
+    assert set(description) - {"policy", "inner"} == arguments - {"policy"}

@@ -8,12 +8,16 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
+import torch
+from loops import mlp, set_gradients
 from stores import lognormal, write_run
 from typer.testing import CliRunner
 
+from gradwatch import Agent
 from gradwatch_dashboards import cli
 from gradwatch_monitor import Store, recommend
 
@@ -253,3 +257,50 @@ def test_doctor_tells_of_wrong_settings(run, monkeypatch):
     assert checks["settings"]["status"] == "problem"
     assert "GRADWATCH_METRICS_PORT" in checks["settings"]["detail"]
     assert checks["torch"]["status"] == "ok"
+
+
+def test_apply(run):
+    """Taken by the running job and confirmed; errors of one line otherwise."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    agent = Agent(optimizer, model=model, run="live", store="gradwatch.db", remote_control=True)
+    ended = threading.Event()
+
+    def train():
+        step = 0
+        while not ended.is_set():
+            set_gradients(step, model)
+            optimizer.step()
+            step += 1
+            ended.wait(0.005)
+
+    loop = threading.Thread(target=train)
+    loop.start()
+    try:
+        while agent.last is None or not agent.flush():
+            ended.wait(0.01)
+        status, text, _ = run("apply", "live", "0.25", "--reason", "too loose")
+        assert status == 0
+        assert re.fullmatch(r"live: from step \d+ on 0\.25 \(before: 1\)\n", text)
+        assert agent.threshold == 0.25
+        status, text, _ = run("apply", "live", "0.5", "--json")
+        change = json.loads(text)
+        assert (status, change["threshold"], change["previous"]) == (0, 0.5, 0.25)
+        status, text, _ = run("show", "live", "--json")
+        kinds = [event["kind"] for event in json.loads(text)["events"]]
+        assert kinds.count("threshold_changed") == 2
+        for arguments, code, word in (
+            (("live",), 2, "--recommended"),
+            (("live", "1.0", "--recommended"), 2, "--recommended"),
+            (("live", "--", "-1"), 2, "above 0"),
+            (("nobody", "1.0"), 1, "no run"),
+        ):
+            status, _, errors = run("apply", *arguments)
+            assert (status, errors.count("\n")) == (code, 1)
+            assert word in errors
+    finally:
+        ended.set()
+        loop.join()
+    agent.close()
+    status, _, errors = run("apply", "live", "1.0")
+    assert (status, "finished" in errors) == (2, True)

@@ -73,10 +73,9 @@ class Policy(ABC, Generic[S]):
 
     def __str__(self) -> str:
         """As one would write it: arguments at their default are left out."""
-        fields = getattr(self, "__dataclass_fields__", {})
         shown = []
-        for name, field in fields.items():
-            value = getattr(self, name)
+        for field in _fields(self):
+            name, value = field.name, getattr(self, field.name)
             if field.default is dataclasses.MISSING:
                 shown.append(str(value) if isinstance(value, Policy) else f"{value!r}")
             elif value != field.default:
@@ -85,16 +84,20 @@ class Policy(ABC, Generic[S]):
 
     def describe(self) -> dict[str, Any]:
         """The policy's name and arguments, as `runs.settings` keeps them."""
-        fields: dict[str, Any] = getattr(self, "__dataclass_fields__", {})
         described: dict[str, Any] = {}
-        for name in fields:
-            value = getattr(self, name)
+        for field in _fields(self):
+            name, value = field.name, getattr(self, field.name)
             # An argument that is a policy must not stand in the place of this one's name.
             if isinstance(value, Policy):
                 described["inner"] = value.describe()
             else:
                 described[name] = value
         return {"policy": type(self).__name__, **described}
+
+
+def _fields(policy: Policy[Any]) -> tuple[dataclasses.Field[Any], ...]:
+    """A policy's arguments; a policy of the user's own need not be a dataclass."""
+    return dataclasses.fields(policy) if dataclasses.is_dataclass(policy) else ()
 
 
 def positive(policy: Policy[Any], name: str, *, finite: bool = True) -> None:

@@ -17,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gradwatch import schema
 from gradwatch.config import redact, sqlite_path
 from gradwatch.errors import StoreError
+from gradwatch.records import ThresholdChange
 from gradwatch.schema import rings, runs
 from gradwatch.sinks import CursorMovedError, RunForgottenError, SinkError, rows, sqlite
 from gradwatch.sinks.register import register
@@ -86,6 +87,37 @@ class DatabaseSink:
             if self._path is not None:
                 sqlite.checkpoint(self._engine, self._path, final=True)
             self.dispose()
+
+    def requested(self, uid: str, after: int) -> ThresholdChange | None:
+        """The first change of that run above that id that was neither taken nor refused."""
+        changes = schema.threshold_changes
+        query = (
+            sa.select(changes)
+            .join(runs, runs.c.id == changes.c.run_id)
+            .where(
+                runs.c.uid == uid,
+                changes.c.id > after,
+                changes.c.applied_at.is_(None),
+                changes.c.refused.is_(None),
+            )
+            .order_by(changes.c.id)
+            .limit(1)
+        )
+        with self._transaction() as connection:
+            found = connection.execute(query).one_or_none()
+        if found is None:
+            return None
+        return ThresholdChange(
+            found.id, found.threshold, found.policy, found.requested_by, found.reason
+        )
+
+    def refuse(self, change: int, reason: str) -> None:
+        """Note why a change is not made."""
+        changes = schema.threshold_changes
+        with self._transaction() as connection:
+            connection.execute(
+                sa.update(changes).where(changes.c.id == change).values(refused=reason)
+            )
 
     def dispose(self) -> None:
         """Let the connection go; the next transaction makes another."""

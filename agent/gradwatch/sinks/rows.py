@@ -70,6 +70,26 @@ def insert_events(connection: sa.Connection, stored: Stored, events: Sequence[Ev
     ]
     if rows:
         connection.execute(sa.insert(schema.events), rows)
+    for event in events:
+        if event.kind == "threshold_changed":
+            _settle(connection, stored, event)
+
+
+def _settle(connection: sa.Connection, stored: Stored, event: Event) -> None:
+    """A threshold was taken: confirm the request, and say in `runs.settings` how the run clips."""
+    changes, runs = schema.threshold_changes, schema.runs
+    connection.execute(
+        sa.update(changes)
+        .where(changes.c.id == event.data["change"], changes.c.run_id == stored.run_id)
+        .values(applied_at=event.time, applied_step=event.step, previous=event.data["from"])
+    )
+    settings = connection.execute(
+        sa.select(runs.c.settings).where(runs.c.id == stored.run_id)
+    ).scalar_one()
+    news = {"clip": event.data["clip"], "policies": [event.data["policy"]]}
+    connection.execute(
+        sa.update(runs).where(runs.c.id == stored.run_id).values(settings={**settings, **news})
+    )
 
 
 def insert_layers(connection: sa.Connection, stored: Stored, samples: Sequence[LayerNorms]) -> None:
