@@ -184,7 +184,7 @@ class Agent:
         )
         self._scaler = ScalerWatch.on(scaler, optimizer, self._hooks) if scaler else None
         if self._scaler is not None:
-            self._hooks.scaler_scale = self._scaler.scale
+            self._hooks.scaler = self._scaler
         self._handles = (
             optimizer.register_step_pre_hook(self._hooks.before),
             optimizer.register_step_post_hook(self._hooks.after),
@@ -275,6 +275,7 @@ class Agent:
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until all that was recorded is stored; False where it was not in `timeout` s."""
+        self._settle()
         if self._channel is None:
             return not self._unrecorded
         return self._pipeline.flush(self._channel, timeout)
@@ -298,6 +299,7 @@ class Agent:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs so that a resumed job goes on as the same run: plain values."""
+        self._settle()
         return {
             "version": 1,
             "run_id": self.run_id,
@@ -311,6 +313,7 @@ class Agent:
         Called later, it begins a new attempt of that run. Raises `ConfigurationError` where
         `state` is not from `state_dict`, or from other policies.
         """
+        self._settle()
         loaded = arguments.loaded(state, self._hooks.parts)
         if self._channel is not None:
             same = self._channel.run.uid == state["run_id"]
@@ -378,8 +381,16 @@ class Agent:
             control = control_of(self._hooks.parts, peers, rank, world_size)
         store = self._sink or self._pipeline.store_sink(self._settings.store)
         metrics = self._pipeline.metrics if self._metrics_url else NullSink()
+        settling = weakref.WeakMethod(self._settle)
         self._channel = channel.Channel(
-            run, ring, store, metrics, notices=self._hooks.notices, peers=peers, control=control
+            run,
+            ring,
+            store,
+            metrics,
+            notices=self._hooks.notices,
+            peers=peers,
+            control=control,
+            settle=lambda: (method := settling()) and method(),
         )
         self._pipeline.attach(self._channel, self._settings)
         return self._channel
@@ -399,6 +410,10 @@ class Agent:
         if self._channel is not None:
             self._pipeline.close(self._channel, status, timeout)
 
+    def _settle(self) -> None:
+        """Put on record the last steps, where their numbers are on a device still."""
+        self._hooks.settle(self._optimizer())
+
     def _optimizer_is_gone(self) -> None:
         """The run ends, stored in the worker's own time.
 
@@ -407,6 +422,7 @@ class Agent:
         """
         if not self._closed:
             self._closed = True
+            self._hooks.settle(None)
             if self._channel is not None:
                 self._pipeline.let_end(self._channel)
 
@@ -415,4 +431,4 @@ class Agent:
         self._recording = False
         self._channel = None
         self._metrics_url = None
-        self._hooks.tape = NullTape()
+        self._hooks.forked(NullTape())

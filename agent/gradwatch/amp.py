@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import Tensor
     from torch.amp import GradScaler
     from torch.optim import Optimizer
 
@@ -50,6 +51,11 @@ class ScalerWatch:
     def scale(self) -> float:
         """The loss scale in force; NaN where the scaler is switched off."""
         return float(self._scaler.get_scale()) if self._scaler.is_enabled() else math.nan
+
+    def scale_on_device(self) -> Tensor | float:
+        """The same as the scaler's own tensor, which nobody has to wait for."""
+        scale = self._scaler._scale if self._scaler.is_enabled() else None
+        return math.nan if scale is None else scale
 
     def unscale(self, optimizer: Optimizer) -> None:
         """Unscale the gradients, unless that was done for this step or nothing was scaled yet."""

@@ -11,6 +11,8 @@ from gradwatch.sinks import NotYetError
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gradwatch.control import Control
     from gradwatch.notices import Notices
     from gradwatch.peers import Peers
@@ -65,12 +67,14 @@ class Channel:
         notices: Notices,
         peers: Peers | None = None,
         control: Control | None = None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self.run = run
         self.notices = notices
         self.ring = ring
         self._peers = peers
         self.control = control
+        self.settle = settle  # puts steps on the tape that are on a device still
         self.store = Outlet("store", store)
         self.metrics = Outlet("metrics", metrics)
         self.habits = ClippedTwice()

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import math
 import sys
-from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradwatch.errors import ConfigurationError, RingError
+from gradwatch.deferred import Deferred, on_a_device
+from gradwatch.errors import ConfigurationError
 from gradwatch.events import encode_event
 from gradwatch.fallback import clip_plainly
 from gradwatch.recorder import FLAGS
-from gradwatch.records import StepRecord
 from gradwatch.scaling import Carrier
+from gradwatch.step_log import StepLog
 from gradwatch.treatment import OnNonFinite, OpenStep, Treatment
 
 if TYPE_CHECKING:
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from gradwatch.amp import ScalerWatch
     from gradwatch.clock import Clock
     from gradwatch.notices import Notices
     from gradwatch.part import Part
     from gradwatch.policies import Policy
+    from gradwatch.records import StepRecord
     from gradwatch.tape import Tape
 
 __all__ = ["StepHooks"]
@@ -57,19 +59,21 @@ class StepHooks:
         self.parts = parts
         self.notices = notices
         self.on_nonfinite = on_nonfinite
-        self.scaler_scale: Callable[[], float] | None = None  # where the loop's scaler is known
+        self.tape: Tape | None = None  # there from the first step on
+        self.scaler: ScalerWatch | None = None  # where the loop's scaler is known
         self.step = 0  # number of the coming step
         self.loss: Tensor | float | None = None  # of the coming step
-        self.tape: Tape | None = None  # there from the first step on
         self._carrier = Carrier(optimizer, fold=fold)
         self._treat = Treatment(parts, self._carrier, notices, on_nonfinite=on_nonfinite)
+        self._log = StepLog(self._treat, report)
+        self._deferred = Deferred(parts[0], self._carrier, self._treat)
         self._time = clock.time
         self._monotonic = clock.monotonic
         self._start = start
         self._report = report
         self._open: OpenStep | None = None
         self._nested = 0  # calls of super().step() that are under way inside a step()
-        self._last: tuple[Any, ...] | None = None
+        self._may_defer = False  # the gradients are on a device; seen at the first step
 
     # -- the hooks -----------------------------------------------------------------------------
 
@@ -98,13 +102,15 @@ class StepHooks:
         if self._nested:
             self._nested -= 1
             return
-        began, number = self._monotonic(), self.step
+        began, step = self._monotonic(), self._open
         try:
             self._carrier.restore(optimizer)
-            if self._open is not None:
-                self._record(optimizer, self._open, began)
+            if step is not None:
+                self._close(optimizer, step, began)
         except Exception as error:  # noqa: BLE001 - the border with the training loop
-            self._failed(error, lost=self.step == number)
+            if step is not None:
+                self.step = step.number + 1
+            self._failed(error, lost=step is not None and not step.recorded)
 
     def clip(self, optimizer: Optimizer) -> Tensor:
         """Look and clip now, in place; the coming step's hook does neither again."""
@@ -125,11 +131,13 @@ class StepHooks:
         began = self._monotonic()
         try:
             self._ensure_tape(optimizer)
-            step = self._open = OpenStep(self.step, self._time(), self.threshold)
+            self.settle(optimizer)
+            step = OpenStep(self.step, self._time(), self.threshold)
             step.loss_scale = loss_scale
             self._treat.overflow(step)
-            self._record(optimizer, step, began)
+            self._close(optimizer, step, began)
         except Exception as error:  # noqa: BLE001 - the border with the training loop
+            self.step += 1
             self._failed(error)
 
     # -- what others may see -------------------------------------------------------------------
@@ -146,12 +154,20 @@ class StepHooks:
 
     @property
     def last(self) -> StepRecord | None:
-        """The last step's record; None before the first."""
-        if self._last is None:
-            return None
-        step, time, _, *numbers, flags = self._last
-        bits = (FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED)
-        return StepRecord(step, time, *numbers, *(bool(flags & bit) for bit in bits))
+        """The last record there is; None before the first."""
+        return self._log.last
+
+    def settle(self, optimizer: Optimizer | None) -> None:
+        """Put on record what is still on the device; waits for it."""
+        try:
+            self._deferred.settle(self._write, optimizer, all_of_them=True)
+        except Exception as error:  # noqa: BLE001 - the border with the training loop
+            self._failed(error)
+
+    def forked(self, tape: Tape) -> None:
+        """In a forked child: record here from now on, and touch nothing of the parent's."""
+        self._deferred.forget()
+        self.tape = tape
 
     def load(self, policies: Sequence[tuple[Policy[Any], Any]]) -> None:
         """Go on by these policies, one a part, each with what it has learnt."""
@@ -161,6 +177,7 @@ class StepHooks:
 
     def new_attempt(self, optimizer: Optimizer, tape: Tape | None = None) -> None:
         """The coming step begins a new attempt: on this tape, or one that it asks for."""
+        self.settle(optimizer)
         self._open = None
         self._carrier.abandon(optimizer)
         self.tape = tape
@@ -195,6 +212,7 @@ class StepHooks:
             if step.flags & FLAGS.SKIPPED:
                 self._treat.skip(step)
         except Exception as error:  # noqa: BLE001 - the border with the training loop
+            self.step += 1
             self._failed(error)
 
     def _watch(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
@@ -231,42 +249,59 @@ class StepHooks:
             if treat.by_group and (new := treat.new_groups(optimizer)) is not None:
                 self._report("groups", f"a parameter group was added: clipped by {new.policy}")
             tape = self.tape or self._first(optimizer)
-            step = self._begin(tape)
-            amp = self._carrier.loss_scale(optimizer)
-            if amp.in_memory != 1.0:
-                step.loss_scale = amp.in_memory
-            elif self.scaler_scale is not None:
-                step.loss_scale = self.scaler_scale()
-            if amp.suppressed:
-                for part in self.parts:
-                    self._carrier.skip(*part.gradients(optimizer))
-                treat.overflow(step)
-            else:
-                treat.look(optimizer, step, amp.in_memory, self.loss)
-                treat.act(optimizer, step, by_hand=by_hand)
+            step = self._begin(optimizer, tape)
+            if not (self._may_defer and self._defer(optimizer, step, by_hand=by_hand)):
+                self._treat_from_here(optimizer, step, by_hand=by_hand)
             self._open = step
             tape.overhead += self._monotonic() - began
         except ConfigurationError:  # at the first step: a wrong argument that shows only now
             raise
         except Exception as error:  # noqa: BLE001 - the border with the training loop
+            self.step += not by_hand
             self._failed(error, lost=not by_hand)
             if step is None or not step.flags & (FLAGS.CLIPPED | FLAGS.SKIPPED):
                 self._clip_plainly(optimizer)
 
-    def _begin(self, tape: Tape) -> OpenStep:
+    def _begin(self, optimizer: Optimizer, tape: Tape) -> OpenStep:
         """The coming step, under the threshold that somebody has applied since the last."""
         number, time = self.step, self._time()
         if tape.control is None or (change := tape.control.due(number)) is None:
             return OpenStep(number, time, self._treat.threshold)
+        self.settle(optimizer)  # what is to be learnt from it belongs to the policy before
         event = self._treat.change(number, time, change)
         step = OpenStep(number, time, self._treat.threshold)
         step.messages = [encode_event(event)]
         return step
 
+    def _defer(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> bool:
+        """Leave the step to the device, where that can be done."""
+        if not by_hand:
+            scale = self.scaler.scale_on_device if self.scaler is not None else None
+            step.deferred = self._deferred.begin(optimizer, step, self.loss, scale)
+        if not step.deferred:
+            self.settle(optimizer)  # records keep their order
+        return step.deferred
+
+    def _treat_from_here(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> None:
+        """Measure and clip; what a GradScaler found to overflow is left out."""
+        amp = self._carrier.loss_scale(optimizer)
+        if amp.in_memory != 1.0:
+            step.loss_scale = amp.in_memory
+        elif self.scaler is not None:
+            step.loss_scale = self.scaler.scale()
+        if amp.suppressed:
+            for part in self.parts:
+                self._carrier.skip(*part.gradients(optimizer))
+            self._treat.overflow(step)
+        else:
+            self._treat.look(optimizer, step, amp.in_memory, self.loss)
+            self._treat.act(optimizer, step, by_hand=by_hand)
+
     def _first(self, optimizer: Optimizer) -> Tape:
         """Begin a tape; before it, refuse a policy that cannot clip what gradients there are."""
         for part in self.parts:
             part.refuse_sparse(optimizer)
+        self._may_defer = not self._treat.by_group and on_a_device(optimizer)
         return self._ensure_tape(optimizer)
 
     # -- recording -----------------------------------------------------------------------------
@@ -276,53 +311,33 @@ class StepHooks:
             self.tape = self._start(optimizer)
         return self.tape
 
-    def _record(self, optimizer: Optimizer, step: OpenStep, began: float) -> None:
+    def _close(self, optimizer: Optimizer, step: OpenStep, began: float) -> None:
+        """The step is over: on record, or as soon as its numbers are here."""
         self._open = None
+        self.step = step.number + 1
         tape = self.tape or self._ensure_tape(optimizer)
-        loss, known, self.loss = _nan, self.loss, None
-        if known is not None:
-            loss = known = float(known)
-            self._note_loss(step, loss)
-        lr = optimizer.param_groups[0].get("lr")
-        record = (
-            self.step,
-            step.time,
-            began,
-            loss,
-            lr if type(lr) is float else _number(lr),
-            step.pre_norm,
-            step.post_norm,
-            step.threshold,
-            step.loss_scale,
-            step.flags,
-        )
-        tape.ring.append(*record)
-        self._last = record
-        self.step += 1
-        self._treat.learn(step, known)
-        for message in step.messages:
-            try:
-                tape.ring.append_event(message)
-            except RingError as error:
-                self._report("event", f"an event is not on record: {error}")
+        step.ended = began
+        if self._may_defer:
+            self._deferred.settle(self._write, optimizer)
+            self._deferred.warm = self._deferred.warm or not step.flags & FLAGS.SKIPPED
+        if not step.deferred:
+            step.loss = self.loss
+            step.lr = optimizer.param_groups[0].get("lr")
+            self._log.write(tape, step)
+        self.loss = None
         tape.overhead += self._monotonic() - began
 
-    def _note_loss(self, step: OpenStep, loss: float) -> None:
-        event = self.notices.loss(self.step, step.time, loss)
-        if event is not None:
-            step.messages = [*step.messages, encode_event(event)]
-        if not isfinite(loss):
-            step.flags |= FLAGS.NONFINITE_LOSS
+    def _write(self, step: OpenStep) -> None:
+        if self.tape is not None:
+            self._log.write(self.tape, step)
 
     # -- when something here fails -------------------------------------------------------------
 
     def _failed(self, error: Exception, *, lost: bool = True) -> None:
         """Say so once, count the record that is lost, and let the training go on."""
         self._open = None
-        if lost:
-            self.step += 1
-            if self.tape is not None:
-                self.tape.lose("error")
+        if lost and self.tape is not None:
+            self.tape.lose("error")
         self._report("hooks", f"a step could not be recorded ({type(error).__name__}: {error})")
 
     def _clip_plainly(self, optimizer: Optimizer) -> None:
@@ -365,14 +380,6 @@ def _scalar(loss: Any) -> Tensor | float | None:
     if isinstance(loss, torch.Tensor):
         return loss.detach() if loss.numel() == 1 and not loss.is_complex() else None
     return float(loss) if isinstance(loss, (int, float)) else None
-
-
-def _number(value: Any) -> float:
-    """A number, or NaN for what is none (an optimizer that finds its own learning rate)."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):
-        return _nan
 
 
 def _leave_to_python(*functions: Any) -> None:

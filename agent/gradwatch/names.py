@@ -25,18 +25,18 @@ class ParameterNames:
         self._names: dict[int, str] = {}
         self._places: dict[int, int] = {}
 
-    def of(self, params: Sequence[Tensor], optimizer: Optimizer) -> list[str]:
-        """The name of each parameter."""
+    def of(self, params: Sequence[Tensor], optimizer: Optimizer | None) -> list[str]:
+        """The name of each parameter; without an optimizer, of those that were named before."""
         self._learn(params, optimizer)
         return [self._names[id(p)] for p in params]
 
-    def in_model_order(self, params: Sequence[Tensor], optimizer: Optimizer) -> list[int]:
+    def in_model_order(self, params: Sequence[Tensor], optimizer: Optimizer | None) -> list[int]:
         """The positions of `params`, sorted by their place in the model."""
         self._learn(params, optimizer)
         return sorted(range(len(params)), key=lambda i: self._places[id(params[i])])
 
-    def _learn(self, params: Sequence[Tensor], optimizer: Optimizer) -> None:
-        if all(id(p) in self._names for p in params):
+    def _learn(self, params: Sequence[Tensor], optimizer: Optimizer | None) -> None:
+        if optimizer is None or all(id(p) in self._names for p in params):
             return
         self._names.clear()
         for g, group in enumerate(optimizer.param_groups):

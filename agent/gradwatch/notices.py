@@ -6,12 +6,13 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from gradwatch import events
-from gradwatch.norms import fault, tensor_norms
+from gradwatch.norms import fault
 from gradwatch.shards import Shards
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from gradwatch.names import ParameterNames
@@ -32,22 +33,27 @@ class Notices:
         self.alone = True  # no other rank has a part in these gradients
         self.parameters: list[str] = []  # what the optimizer's parameters are called
         self._names = names
-        self._every = layer_norms_every
+        self._asked_for = layer_norms_every
+        self._seldom = _SAMPLE_AT_LEAST  # steps between two samples of the weights
+        self.every = 0  # steps between two samples; 0 until the parameters are named
         self._norm_spikes = events.NormSpikes()
         self._loss_spikes = events.LossSpikes()
         self._dead = False  # within a streak of steps whose gradient was 0
 
-    def faults(self, measured: Sequence[Measurement], optimizer: Optimizer) -> dict[str, str]:
+    def faults(
+        self, measured: Sequence[Measurement], optimizer: Optimizer | None
+    ) -> dict[str, str]:
         """The non-finite gradients in model order: parameter → nan, inf or nan+inf."""
         params = [p for m in measured for p in m.params]
-        grads = [g for m in measured for g in m.grads]
+        grads = [g for m in measured for g in m.grads]  # none where the step is over
         norms = [n for m in measured for n in m.tensor_norms]
         names = self._names.of(params, optimizer)
         found: dict[str, str] = {}
         for i in self._names.in_model_order(params, optimizer):
             if not math.isfinite(norms[i]):
-                # Where another rank holds it, its norm alone tells.
-                found[names[i]] = fault(grads[i]) or ("nan" if math.isnan(norms[i]) else "inf")
+                # Where another rank holds it, or nobody any more, its norm alone tells.
+                seen = fault(grads[i]) if grads else None
+                found[names[i]] = seen or ("nan" if math.isnan(norms[i]) else "inf")
         return found
 
     def gradient(
@@ -58,7 +64,7 @@ class Notices:
             if self._dead:
                 return None
             self._dead = True
-            tensors = sum(len(m.grads) for m in measured)
+            tensors = sum(len(m.params) for m in measured)
             return events.dead_gradient(step, time, self.rank, tensors)
         self._dead = False
         median = self._norm_spikes.observe(norm)
@@ -90,7 +96,8 @@ class Notices:
         shards = Shards.of(grads)
         if shards is not None:
             ranks = shards.ranks_with(any(fault(g) is not None for g in grads))
-        return events.nonfinite_gradient(step, time, ranks, faults, len(grads), skipped=skipped)
+        tensors = sum(len(m.params) for m in measured)
+        return events.nonfinite_gradient(step, time, ranks, faults, tensors, skipped=skipped)
 
     def overflow(self, step: int, time: float, loss_scale: float) -> Event:
         """A step that the loss scaler suppressed."""
@@ -111,34 +118,35 @@ class Notices:
         """Another threshold or policy was applied to the running job."""
         return events.threshold_changed(step, time, self.rank, change, before, after)
 
-    def samples(self, step: int, measured: Sequence[Measurement]) -> tuple[bool, bool]:
+    def samples(self, step: int) -> tuple[bool, bool]:
         """Whether this step's layer norms are sampled, and whether with the weights' norms.
 
         Those change slowly and take a read of their own, so they come with fewer samples.
         """
-        tensors = len(measured[0].grads) if len(measured) == 1 else 0
-        seldom = max(_SAMPLE_AT_LEAST, _SAMPLE_PER_TENSOR * tensors)
-        every = seldom if self._every is None else self._every
+        every = self.every
         if every == 0 or step % every != 0:
             return False, False
-        return True, every >= seldom or step % seldom < every
+        return True, every >= self._seldom or step % self._seldom < every
 
     def named(self, optimizer: Optimizer) -> list[str]:
         """The names of all parameters, in the optimizer's order."""
         every = [p for group in optimizer.param_groups for p in group["params"]]
         if len(every) != len(self.parameters):
             self.parameters = self._names.of(every, optimizer)
+            self._seldom = max(_SAMPLE_AT_LEAST, _SAMPLE_PER_TENSOR * len(every))
+            self.every = self._seldom if self._asked_for is None else self._asked_for
         return self.parameters
 
     def layers(
-        self, step: int, measured: Sequence[Measurement], optimizer: Optimizer, *, weights: bool
+        self,
+        step: int,
+        measured: Sequence[Measurement],
+        every: Sequence[Tensor],
+        weights: Sequence[float] | None,
     ) -> bytes:
-        """A sample of every parameter's gradient norm, and its weight norm where `weights`."""
-        self.named(optimizer)
-        every = [p for group in optimizer.param_groups for p in group["params"]]
+        """A sample of the gradient norm of `every` parameter, and of the weights' where known."""
         norms = [n for m in measured for n in m.tensor_norms]
         if len(norms) != len(every):  # some have no gradient
             found = dict(zip((id(p) for m in measured for p in m.params), norms, strict=True))
             norms = [found.get(id(p), math.nan) for p in every]
-        held = tensor_norms([p.detach() for p in every]) if weights else None
-        return events.encode_layers(step, norms, held)
+        return events.encode_layers(step, norms, weights)

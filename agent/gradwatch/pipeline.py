@@ -167,6 +167,7 @@ class Pipeline:
             channels = list(self._channels)
         for channel in channels:
             if not channel.closing:
+                channel.settle()
                 channel.end(status, self.clock.monotonic() + timeout * 0.6)
         self._stopping = True
         self._wake.set()

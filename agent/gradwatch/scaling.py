@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["CLIP_EPSILON", "Carrier", "LossScale", "reads_grad_scale"]
+__all__ = ["CLIP_EPSILON", "DIVISOR_LIMIT", "Carrier", "LossScale", "reads_grad_scale"]
 
 CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
-_DIVISOR_LIMIT = 1e37  # a greater divisor does not fit the kernel's float32
+DIVISOR_LIMIT = 1e37  # a greater divisor does not fit the kernel's float32
 _FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 _ABSENT: Any = object()
-_NOT_SET: Any = object()
 
 
 class LossScale(NamedTuple):
@@ -62,7 +61,9 @@ class Carrier:
         self._exact = not fold
         self._divisor: Tensor | None = None
         self._fill: Callable[[float], object]
-        self._before: Any = _NOT_SET  # grad_scale as it was, while ours stands in its place
+        self._before: dict[
+            str, Any
+        ] = {}  # attributes as they were, while ours stand in their place
         self._in_force: Tensor | None = None  # the grad_scale of the step under way
         self._hidden: list[tuple[Tensor, Tensor]] = []
 
@@ -77,6 +78,25 @@ class Carrier:
             1.0 if scale is None else float(scale),
             suppressed=found_inf is not None and bool(found_inf),
         )
+
+    def can_fold(self, optimizer: Optimizer) -> bool:
+        """Whether the kernel takes a divisor; a checkpoint may have brought one back that is not fused."""
+        return self.folds and _is_fused(optimizer)
+
+    def left_by_scaler(self, optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
+        """The same as `loss_scale`, still on the device: `grad_scale` and `found_inf`."""
+        attributes = optimizer.__dict__
+        scale = self._in_force = attributes.get("grad_scale")
+        return scale, attributes.get("found_inf")
+
+    def leave_to_kernel(
+        self, optimizer: Optimizer, divisor: Tensor | None, unfit: Tensor | None
+    ) -> None:
+        """Let the kernel divide by `divisor`, and leave the step out where `unfit` is 1.0."""
+        if divisor is not None:
+            self._replace_grad_scale(optimizer, divisor)
+        if unfit is not None:
+            self._replace(optimizer, "found_inf", unfit)
 
     def carry_out(
         self, optimizer: Optimizer, decision: Decision, measured: Measurement, *, fold: bool
@@ -109,13 +129,14 @@ class Carrier:
             for param, grad in self._hidden:
                 param.grad = grad
             self._hidden.clear()
-        if self._before is not _NOT_SET:
-            # Under GradScaler the attribute must be there: it deletes it itself.
-            if self._before is _ABSENT:
-                del optimizer.grad_scale  # type: ignore[attr-defined]
-            else:
-                optimizer.grad_scale = self._before  # type: ignore[attr-defined]
-            self._before = _NOT_SET
+        if self._before:
+            for name, value in self._before.items():
+                # Under GradScaler the attribute must be there: it deletes it itself.
+                if value is _ABSENT:
+                    delattr(optimizer, name)
+                else:
+                    setattr(optimizer, name, value)
+            self._before.clear()
         self._in_force = None
 
     @property
@@ -131,7 +152,9 @@ class Carrier:
         """
         left = self._in_force
         self._hidden.clear()
-        self._before = _NOT_SET
+        if self._before.get("found_inf") is _ABSENT:
+            optimizer.__dict__.pop("found_inf", None)
+        self._before.clear()
         self._in_force = None
         now = optimizer.__dict__.get("grad_scale")
         if left is None or now is None:
@@ -152,8 +175,7 @@ class Carrier:
         if coefficient >= 1.0:
             return Applied(False, measured.norm)
         divisor = measured.scale / coefficient
-        # A checkpoint may have brought an optimizer back that is not fused.
-        if fold and self.folds and divisor < _DIVISOR_LIMIT and _is_fused(optimizer):
+        if fold and divisor < DIVISOR_LIMIT and self.can_fold(optimizer):
             self._divide_in_kernel(optimizer, divisor, measured.grads[0])
         else:
             _multiply(measured.grads, coefficient)
@@ -187,9 +209,12 @@ class Carrier:
         return Applied(coefficient < 1.0, measured.norm * coefficient)
 
     def _replace_grad_scale(self, optimizer: Optimizer, value: Tensor) -> None:
-        self._before = optimizer.__dict__.get("grad_scale", _ABSENT)
         self._in_force = value
-        optimizer.grad_scale = value  # type: ignore[attr-defined]
+        self._replace(optimizer, "grad_scale", value)
+
+    def _replace(self, optimizer: Optimizer, name: str, value: Tensor) -> None:
+        self._before[name] = optimizer.__dict__.get(name, _ABSENT)
+        setattr(optimizer, name, value)
 
 
 def _is_fused(optimizer: Optimizer) -> bool:

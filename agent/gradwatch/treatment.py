@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from math import isfinite
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from gradwatch.control import replaced
 from gradwatch.errors import NonFiniteGradientError
 from gradwatch.events import encode_event
-from gradwatch.norms import combine
+from gradwatch.norms import combine, tensor_norms
 from gradwatch.part import Part
 from gradwatch.recorder import FLAGS
 from gradwatch.records import Scale, Skip
+from gradwatch.scaling import CLIP_EPSILON, DIVISOR_LIMIT
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,6 +40,11 @@ class OpenStep:
     pre_norm = post_norm = loss_scale = _nan
     flags = 0
     messages: Sequence[bytes] = ()
+    loss: Tensor | float | None = None
+    lr: Any = _nan
+    ended = _nan  # by the monotonic clock
+    deferred = False  # it was decided on the device
+    recorded = False
     error: NonFiniteGradientError | None = None  # to raise once recorded
     by_hand: tuple[Tensor, int] | None = None  # a gradient clip() saw, and its version
 
@@ -115,30 +121,66 @@ class Treatment:
             known = float(loss)
             step.measured = [measured._replace(loss=known) for measured in step.measured]
         grads = step.measured[0].grads
+        if grads:
+            self.note_changes(step, grads)
+
+    def note_changes(self, step: OpenStep, grads: Sequence[Tensor]) -> None:
+        """Note gradients that were changed in place after the backward pass."""
         try:
-            if grads and grads[0]._version > 0 and grads[-1]._version > 0:
+            if grads[0]._version > 0 and grads[-1]._version > 0:
                 step.flags |= FLAGS.MODIFIED
         except RuntimeError:  # made in inference mode: nobody counts
             pass
 
     def act(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> None:
         """Decide and carry out, or deal with a non-finite gradient; note what is worth noting."""
+        notices = self.notices
         if isfinite(step.pre_norm):
-            event = self.notices.gradient(step.number, step.time, step.pre_norm, step.measured)
+            event = notices.gradient(step.number, step.time, step.pre_norm, step.measured)
             if self._only is not None:
                 self._clip(optimizer, step, self._only, by_hand=by_hand)
             else:
                 self._clip_parts(optimizer, step, by_hand=by_hand)
         else:
-            event = self._nonfinite(optimizer, step, by_hand=by_hand)
+            event = self._nonfinite(optimizer, step)
+            if step.flags & FLAGS.SKIPPED and not by_hand:
+                self.skip(step)
         if event is not None:
             step.messages = [*step.messages, encode_event(event)]
-        sampled, weights = self.notices.samples(step.number, step.measured)
-        if sampled or event is not None:
-            layers = self.notices.layers(
-                step.number, step.measured, optimizer, weights=weights or event is not None
-            )
-            step.messages = [*step.messages, layers]
+        if event is not None or (notices.every and not step.number % notices.every):
+            self._sample(optimizer, step, always_weights=event is not None)
+
+    def complete(self, optimizer: Optimizer | None, step: OpenStep) -> bool:
+        """The same for a step that was decided, and is over: whether there is an event."""
+        (measured,) = step.measured
+        step.pre_norm = measured.norm
+        if isfinite(measured.norm):
+            event = self.notices.gradient(step.number, step.time, measured.norm, step.measured)
+            coefficient = step.threshold / (measured.norm + CLIP_EPSILON)
+            if coefficient < 1.0:
+                step.flags |= FLAGS.CLIPPED
+                step.post_norm = measured.norm * max(coefficient, measured.scale / DIVISOR_LIMIT)
+            else:
+                step.post_norm = measured.norm
+        else:
+            event = self._nonfinite(optimizer, step)
+        if event is not None:
+            step.messages = [*step.messages, encode_event(event)]
+        return event is not None
+
+    def _sample(self, optimizer: Optimizer, step: OpenStep, *, always_weights: bool) -> None:
+        self.notices.named(optimizer)
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        _, weights = self.notices.samples(step.number)
+        held = tensor_norms([p.detach() for p in every]) if weights or always_weights else None
+        self.sample(step, every, held)
+
+    def sample(
+        self, step: OpenStep, every: Sequence[Tensor], weights: Sequence[float] | None
+    ) -> None:
+        """Put the layer norms on record."""
+        layers = self.notices.layers(step.number, step.measured, every, weights)
+        step.messages = [*step.messages, layers]
 
     def _clip(self, optimizer: Optimizer, step: OpenStep, part: Part, *, by_hand: bool) -> None:
         """One policy over everything, which the optimizer's kernel may carry out."""
@@ -180,7 +222,7 @@ class Treatment:
         if not by_hand:
             self.skip(step)
 
-    def _nonfinite(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> Event:
+    def _nonfinite(self, optimizer: Optimizer | None, step: OpenStep) -> Event:
         faults = self.notices.faults(step.measured, optimizer)
         skipped = self.on_nonfinite != "ignore"
         step.flags |= FLAGS.NONFINITE
@@ -189,8 +231,6 @@ class Treatment:
         )
         if skipped:
             step.flags |= FLAGS.SKIPPED
-            if not by_hand:
-                self.skip(step)
         if self.on_nonfinite == "raise":
             step.error = NonFiniteGradientError(
                 f"step {step.number}: {event.message}", step=step.number, parameters=faults

@@ -31,6 +31,7 @@ class Policy(ABC, Generic[S]):
     norm_type: float = 2.0
     changes_gradients: ClassVar[bool] = True
     takes_sparse: ClassVar[bool] = True  # one factor for all works on any layout
+    ahead: ClassVar[bool] = False  # whether `decide` is `Scale(threshold)` whatever the gradient
     wants_loss: ClassVar[bool] = False  # whether `Measurement.loss` is to be filled in
 
     @property

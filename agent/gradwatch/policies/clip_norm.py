@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 from gradwatch.policies.base import Policy, positive
 from gradwatch.records import Measurement, Scale
@@ -32,6 +33,7 @@ class ClipNorm(Policy[None]):
 
     max_norm: float
     norm_type: float = 2.0
+    ahead: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the arguments."""

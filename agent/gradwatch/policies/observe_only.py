@@ -30,6 +30,7 @@ class ObserveOnly(Policy[None]):
 
     norm_type: float = 2.0
     changes_gradients: ClassVar[bool] = False
+    ahead: ClassVar[bool] = True  # there is no threshold
 
     def __post_init__(self) -> None:
         """Check the argument."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from gradwatch.errors import ConfigurationError
 from gradwatch.policies.base import Policy, bounded, positive, quantile
@@ -59,6 +59,7 @@ class TargetRatio(Policy[TargetRatioState]):
     high: float = 0.30
     cap: float | None = None
     initial: float = 1.0
+    ahead: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the arguments."""
