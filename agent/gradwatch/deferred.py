@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from gradwatch.scaling import Carrier
     from gradwatch.treatment import OpenStep, Treatment
 
-__all__ = ["Deferred", "on_a_device"]
+__all__ = ["Arrival", "Arrived", "Deferred", "arrival", "on_a_device"]
 
 DEVICES = frozenset({"cuda"})
 IN_FLIGHT = 2  # steps that may be on the device; with one more, the first is waited for
