@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from pace import Work
 from rich.console import Console
 from torch import nn
 
@@ -53,8 +54,9 @@ def recording(folder):
 
     def paced(call):
         times = []
+        work = Work()
         for _ in range(3000):
-            time.sleep(0.001)
+            work.until(time.perf_counter() + 0.001)
             began = clock()
             call(*RECORD)
             times.append(clock() - began)

@@ -1,7 +1,7 @@
 """What a step of logging costs the training thread, gradwatch beside its peers.
 
 The same five scalars a step (loss, learning rate, norm before and after, threshold), at 200 steps a
-second as a small job has them. gradwatch's figure is all its hooks do beside the one thing the
+second as a small job has them, with the thread computing in between. gradwatch's figure is all its hooks do beside the one thing the
 others leave to the loop: its recording, not its reading of the gradients.
 
     make bench-peers       # installs the peers in an environment of their own, .venv-peers
@@ -17,6 +17,7 @@ import time
 import warnings
 
 import numpy as np
+from pace import Work
 
 STEPS = 2000
 PACE = 1 / 200  # seconds
@@ -106,8 +107,9 @@ def measure(start, steps):
     with tempfile.TemporaryDirectory() as folder:
         log, stop = start(folder)
         times = []
+        work = Work()
         for step in range(steps):
-            time.sleep(PACE)
+            work.until(time.perf_counter() + PACE)
             began = time.perf_counter_ns()
             log(step, values[step])
             times.append(time.perf_counter_ns() - began)

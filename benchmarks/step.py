@@ -2,17 +2,17 @@
 
 Everything is on: ring, worker, SQLite, exporter, and a process that scrapes it every second. The
 gradients are written anew before every call, outside the time taken. Prints medians and their
-ratio; the ratio is what can be compared from machine to machine.
+ratio; the ratio is what can be compared from machine to machine. The floor is what no monitoring
+that reads the gradients can go below: one read of them and the bare step.
 
     make bench
     .venv/bin/python benchmarks/step.py --rounds 0.2     # a fifth of the rounds, for a quick look
+    .venv/bin/python benchmarks/step.py --device cuda
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import itertools
 import os
 import platform
 import subprocess
@@ -28,6 +28,7 @@ from rich.table import Table
 from torch import nn
 
 import gradwatch
+from gradwatch.norms import Meter
 from gradwatch_dashboards.demo import BiLSTMWithAttention
 
 THREADS = 2
@@ -64,75 +65,96 @@ while True:
 """
 
 
-class Contestant:
-    """A model with its optimizer and a way to take a step."""
+class Job:
+    """One model with one optimizer, on which the ways of taking a step take turns.
 
-    def __init__(self, model, make_optimizer):
-        self.model = copy.deepcopy(model)
-        self.params = list(self.model.parameters())
+    They share weights, state and gradients, as they would share the caches of a job; the hooks are
+    taken off for the turns of others.
+    """
+
+    def __init__(self, make_model, make_optimizer, device, store, max_norm):
+        torch.manual_seed(0)
+        model = make_model().to(device)
+        self.max_norm, self.device = max_norm, device
+        self.params = list(model.parameters())
         self.optimizer = make_optimizer(self.params)
+        self.gradients = [torch.randn_like(p) for p in self.params]
         for p in self.params:
             p.grad = torch.zeros_like(p)
-        self.times = []
+        self.agent = gradwatch.Agent(
+            self.optimizer, model=model, clip=gradwatch.ClipNorm(max_norm), store=store
+        )
+        before, after = (
+            self.optimizer._optimizer_step_pre_hooks,
+            self.optimizer._optimizer_step_post_hooks,
+        )
+        self._on = [(before, dict(before)), (after, dict(after))]
+        self._meter = Meter()
+        self._divisor = torch.full((), 2.0, device=device)
 
-    def step(self):
+    def alone(self):
+        """The step, and nothing else."""
         self.optimizer.step()
 
-    def timed(self, gradients):
-        for p, g in zip(self.params, gradients, strict=True):
-            p.grad.copy_(g)
-        began = time.perf_counter_ns()
-        self.step()
-        self.times.append(time.perf_counter_ns() - began)
-
-
-class Torch(Contestant):
-    """`clip_grad_norm_` + `step`, unwatched."""
-
-    def __init__(self, model, make_optimizer, max_norm):
-        super().__init__(model, make_optimizer)
-        self.max_norm = max_norm
-
-    def step(self):
+    def torch(self):
+        """What people do: `clip_grad_norm_` + `step`."""
         nn.utils.clip_grad_norm_(self.params, self.max_norm)
         self.optimizer.step()
 
+    def floor(self):
+        """One read of the gradients, and the step; clipping left to the kernel where it can."""
+        self._meter.measure(self.params, [p.grad for p in self.params])
+        self.optimizer.step()
 
-class Watched(Contestant):
-    """The same optimizer, wrapped."""
+    watched = alone  # by the hooks
 
-    def __init__(self, model, make_optimizer, max_norm, store):
-        super().__init__(model, make_optimizer)
-        self.agent = gradwatch.Agent(
-            self.optimizer, model=self.model, clip=gradwatch.ClipNorm(max_norm), store=store
-        )
+    def times(self, rounds):
+        """Median microseconds of each way. Ten rounds to warm up; the order turns."""
+        taken = {"alone": [], "torch": [], "floor": [], "watched": []}
+        ways = list(taken)
+        for i in range(rounds + 10):
+            for way in ways[i % 4 :] + ways[: i % 4]:
+                taken[way].append(self._timed(way))
+        assert self.agent.flush(30), "not all records were stored"
+        self.agent.close()
+        return {way: median(times[10:]) / 1e3 for way, times in taken.items()}
+
+    def _timed(self, way):
+        for hooks, ours in self._on:
+            hooks.update(ours) if way == "watched" else hooks.clear()
+        folds = way == "floor" and self.max_norm < 1e9 and self.agent._hooks.folds
+        if folds:
+            self.optimizer.grad_scale = self._divisor
+        for p, g in zip(self.params, self.gradients, strict=True):
+            p.grad.copy_(g)
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        step = getattr(self, way)
+        began = time.perf_counter_ns()
+        step()
+        if self.device != "cpu":
+            torch.cuda.synchronize()
+        took = time.perf_counter_ns() - began
+        if folds:
+            del self.optimizer.grad_scale
+        return took
 
 
-def compare(make_model, make_optimizer, rounds, store):
-    """Median microseconds of each way, clipping and not, and of a step that does neither."""
-    torch.manual_seed(0)
-    model = make_model()
-    bare = Contestant(model, make_optimizer)
-    pairs = {
-        kind: (Torch(model, make_optimizer, limit), Watched(model, make_optimizer, limit, store))
-        for kind, limit in (("unclipped", 1e9), ("clipped", 1.0))
-    }
-    everyone = [bare, *itertools.chain(*pairs.values())]
-    gradients = [torch.randn_like(p) for p in bare.params]
-    # Ten rounds to warm up; the order turns, so that nobody always follows the same other.
-    for i in range(rounds + 10):
-        for contestant in everyone[i % 5 :] + everyone[: i % 5]:
-            contestant.timed(gradients)
-    for _, watched in pairs.values():
-        assert watched.agent.flush(30), "not all records were stored"
-        watched.agent.close()
-    taken = {kind: tuple(median(c.times[10:]) / 1e3 for c in pair) for kind, pair in pairs.items()}
-    return median(bare.times[10:]) / 1e3, taken, sum(p.numel() for p in bare.params)
+def row(times):
+    """One line's cells: microseconds, then the ratios to torch's."""
+    alone, torchs, floor, watched = times.values()
+    return [
+        *(f"{value:,.0f}" for value in (alone, torchs, watched)),
+        f"{watched / torchs:.2f}",
+        f"{floor / torchs:.2f}",
+    ]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=float, default=1.0, help="times the usual rounds")
+    parser.add_argument("--model", choices=MODELS, help="only this one")
+    parser.add_argument("--device", default="cpu", help="cpu, or cuda")
     parser.add_argument("--optimizer", choices=OPTIMIZERS, help="only this one")
     arguments = parser.parse_args()
     torch.set_num_threads(THREADS)
@@ -143,13 +165,10 @@ def main():
         f"gradwatch {gradwatch.__version__}"
     )
     table = Table(title="microseconds a step, medians of alternating calls", box=box.MARKDOWN)
-    for heading in ("optimizer", "model", "parameters"):
+    for heading in ("optimizer", "model", "parameters", "clipped"):
         table.add_column(heading)
-    table.add_column("step alone", justify="right")
-    for kind in ("unclipped", "clipped"):
-        table.add_column(f"torch, {kind}", justify="right")
-        table.add_column("watched", justify="right")
-        table.add_column("ratio", justify="right")
+    for heading in ("step alone", "torch", "watched", "watched / torch", "floor / torch"):
+        table.add_column(heading, justify="right")
     with tempfile.TemporaryDirectory() as folder:
         store = f"{folder}/bench.db"
         keeper = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
@@ -160,14 +179,16 @@ def main():
                 if arguments.optimizer not in {None, optimizer}:
                     continue
                 for name, (make_model, rounds) in MODELS.items():
+                    if arguments.model not in {None, name}:
+                        continue
                     if name == "transformer, large" and optimizer != "AdamW, fused":
                         continue
                     count = max(20, int(rounds * arguments.rounds))
-                    alone, taken, size = compare(make_model, make_optimizer, count, store)
-                    cells = [optimizer, name, f"{size / 1e6:.2f} M", f"{alone:,.0f}"]
-                    for torchs, ours in taken.values():
-                        cells += [f"{torchs:,.0f}", f"{ours:,.0f}", f"{ours / torchs:.2f}"]
-                    table.add_row(*cells)
+                    for clipped, limit in (("no step", 1e9), ("every step", 1.0)):
+                        job = Job(make_model, make_optimizer, arguments.device, store, limit)
+                        size = sum(p.numel() for p in job.params) / 1e6
+                        cells = row(job.times(count))
+                        table.add_row(optimizer, name, f"{size:.2f} M", clipped, *cells)
         finally:
             scraper.terminate()
             scraper.wait()

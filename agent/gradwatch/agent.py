@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import os
-import uuid
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import torch
 
-from gradwatch import arguments, identity
+from gradwatch import arguments
 from gradwatch.amp import ScalerWatch
 from gradwatch.arguments import NOT_GIVEN, NotGiven
-from gradwatch.control import control_of
 from gradwatch.errors import AlreadyWrappedError, ConfigurationError, NotWrappedError
 from gradwatch.hooks import StepHooks
 from gradwatch.names import ParameterNames
 from gradwatch.notices import Notices
-from gradwatch.peers import Peers
 from gradwatch.policies import ClipNorm, Policy
-from gradwatch.records import RunInfo
-from gradwatch.sinks import NullSink
 from gradwatch.tape import NullTape, Tape
 
 if TYPE_CHECKING:
@@ -34,10 +27,7 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
     from torch.optim import Optimizer
 
-    from gradwatch.channel import Channel
     from gradwatch.config import Settings
-    from gradwatch.identity import UidSource
-    from gradwatch.pipeline import Pipeline
     from gradwatch.records import RunStatus, StepRecord
     from gradwatch.sinks import Sink
     from gradwatch.treatment import OnNonFinite
@@ -46,7 +36,6 @@ __all__ = ["Agent", "wrap"]
 
 
 DEFAULT_CLIP: Final = ClipNorm(1.0)
-CLOSE_SECONDS = 5.0
 
 _agents: weakref.WeakKeyDictionary[Optimizer, Agent] = weakref.WeakKeyDictionary()
 
@@ -144,10 +133,10 @@ class Agent:
         arguments.model_and_scaler(model, scaler)
         arguments.sparse(optimizer, model, parts)
         on_nonfinite = arguments.on_nonfinite(optimizer, parts, on_nonfinite)
-        self._settings = arguments.settings_of(
+        chosen = arguments.settings_of(
             settings, store, metrics_port, run=run, remote_control=remote_control
         )
-        self._tags = arguments.tags(tags)
+        tags = arguments.tags(tags)
         if (there := _agents.get(optimizer)) is not None:
             if not replace:
                 msg = (
@@ -157,30 +146,22 @@ class Agent:
                 raise AlreadyWrappedError(msg)
             there.close()
 
-        from gradwatch import process  # noqa: PLC0415 - SQLAlchemy and the exporter load here
+        from gradwatch.recording import Recording  # noqa: PLC0415 - SQLAlchemy loads with it
 
-        self._pipeline: Pipeline = process.pipeline()
-        self._sink = store if store is not None and not isinstance(store, (str, Path)) else None
+        sink = store if store is not None and not isinstance(store, (str, Path)) else None
+        recording = self._recording = Recording(chosen, sink, tags)
+        pipeline = recording.pipeline
         self._optimizer = weakref.ref(optimizer)
-        self._uid: str | None = None
-        self._uid_source: UidSource = "fresh"
-        self._channel: Channel | None = None
         self._closed = False
-        self._recording = not self._settings.disabled
-        self._unrecorded = False  # steps were taken that nothing will ever store
-        self._ordinal = self._pipeline.next_run()
-        self._attempts = 0
-        exports = self._recording and identity.rank_and_world(os.environ)[0] == 0
-        self._metrics_url = self._pipeline.export(self._settings) if exports else None
         self._hooks = StepHooks(
             optimizer,
             parts,
-            Notices(ParameterNames(model), self._settings.layer_norms_every),
+            Notices(ParameterNames(model), chosen.layer_norms_every),
             on_nonfinite=on_nonfinite,
-            fold=self._settings.fold,
-            clock=self._pipeline.clock,
-            start=self._begin_attempt,
-            report=self._pipeline.troubles.report,
+            fold=chosen.fold,
+            clock=pipeline.clock,
+            start=self._begin,
+            report=pipeline.troubles.report,
         )
         self._scaler = ScalerWatch.on(scaler, optimizer, self._hooks) if scaler else None
         if self._scaler is not None:
@@ -189,7 +170,7 @@ class Agent:
             optimizer.register_step_pre_hook(self._hooks.before),
             optimizer.register_step_post_hook(self._hooks.after),
         )
-        self._pipeline.in_child(self._forked)
+        pipeline.in_child(self._forked)
         # The pipeline ends every run at exit; this one is for an optimizer that goes before.
         self._finalizer = weakref.finalize(optimizer, self._optimizer_is_gone)
         self._finalizer.atexit = False
@@ -258,31 +239,21 @@ class Agent:
     @property
     def run_id(self) -> str:
         """The run's uid, under which `Store.run` finds it."""
-        if self._channel is not None:
-            return self._channel.run.uid
-        if self._uid is None:
-            self._uid, self._uid_source = identity.run_uid(
-                self._pipeline.job,
-                setting=self._settings.run_id,
-                ordinal=self._ordinal,
-            )
-        return self._uid
+        return self._recording.run_id
 
     @property
     def metrics_url(self) -> str | None:
         """Where Prometheus scrapes this process, None where nothing is exported."""
-        return self._metrics_url
+        return self._recording.metrics_url
 
     def flush(self, timeout: float = 5.0) -> bool:
         """Wait until all that was recorded is stored; False where it was not in `timeout` s."""
         self._settle()
-        if self._channel is None:
-            return not self._unrecorded
-        return self._pipeline.flush(self._channel, timeout)
+        return self._recording.flush(timeout)
 
     def close(self) -> None:
         """Store what is left, end the run as finished, and take the hooks off. Idempotent."""
-        self._end("finished", CLOSE_SECONDS)
+        self._end("finished", arguments.CLOSE_SECONDS)
 
     def __enter__(self) -> Self:
         """Use the agent as a context; it closes at the end of the block."""
@@ -295,7 +266,7 @@ class Agent:
         traceback: TracebackType | None,
     ) -> None:
         """Close; the run has failed where an exception ends the block."""
-        self._end("finished" if kind is None else "failed", CLOSE_SECONDS)
+        self._end("finished" if kind is None else "failed", arguments.CLOSE_SECONDS)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs so that a resumed job goes on as the same run: plain values."""
@@ -315,85 +286,17 @@ class Agent:
         """
         self._settle()
         loaded = arguments.loaded(state, self._hooks.parts)
-        if self._channel is not None:
-            same = self._channel.run.uid == state["run_id"]
-            self._pipeline.close(self._channel, None if same else "finished", CLOSE_SECONDS)
-            self._channel = None
+        self._recording.resume(state["run_id"])
         if (optimizer := self._optimizer()) is not None:
             self._hooks.new_attempt(optimizer)
         self._hooks.step = state["step"]
         self._hooks.load(loaded)
-        self._uid, self._uid_source = state["run_id"], "state"
 
     # -- beginning and ending ------------------------------------------------------------------
 
-    def _begin_attempt(self, optimizer: Optimizer) -> Tape:
-        """At the first step: the channel, or where none can be made the null tape, said once."""
-        try:
-            return self._open_channel(optimizer)
-        except Exception as error:  # noqa: BLE001 - the border with the training loop
-            self._unrecorded = True
-            self._pipeline.troubles.report(
-                "begin", f"nothing is recorded ({type(error).__name__}: {error})"
-            )
-            return NullTape()
-
-    def _open_channel(self, optimizer: Optimizer) -> Tape:
-        """Who the run is, its ring, its way to the sinks."""
-        rank, world_size = identity.rank_and_world(os.environ)
-        self._hooks.notices.rank, self._hooks.notices.alone = rank, world_size == 1
-        self._attempts += 1
-        peers = Peers.of(self._ordinal, self._attempts) if world_size > 1 else None
-        if not self._recording or (rank != 0 and peers is None):
-            return NullTape()
-        from gradwatch import channel, rings  # noqa: PLC0415 - see __init__
-
-        run = RunInfo(
-            uid=self.run_id,
-            uid_source=self._uid_source,
-            name=self._settings.run or identity.default_name(),
-            job=self._pipeline.job.id,
-            ring=uuid.uuid4().hex,
-            host=identity.host(),
-            pid=os.getpid(),
-            rank=rank,
-            world_size=world_size,
-            started_at=self._pipeline.clock.time(),
-            start_step=self._hooks.step,
-            metrics_url=self._metrics_url,
-            tags=self._tags,
-            settings=arguments.describe(optimizer, self._hooks, self._settings),
-        )
-        ring = rings.make(
-            run,
-            self._settings,
-            parameters=self._hooks.notices.named(optimizer),
-            durable=self._sink is None,
-            report=self._pipeline.troubles.report,
-        )
-        run = dataclasses.replace(
-            run, settings={**run.settings, "ring": str(ring.path) if ring.path else None}
-        )
-        if peers is not None and rank == 0:
-            peers.lead(run.ring)
-        control = None
-        if self._settings.remote_control:
-            control = control_of(self._hooks.parts, peers, rank, world_size)
-        store = self._sink or self._pipeline.store_sink(self._settings.store)
-        metrics = self._pipeline.metrics if self._metrics_url else NullSink()
-        settling = weakref.WeakMethod(self._settle)
-        self._channel = channel.Channel(
-            run,
-            ring,
-            store,
-            metrics,
-            notices=self._hooks.notices,
-            peers=peers,
-            control=control,
-            settle=lambda: (method := settling()) and method(),
-        )
-        self._pipeline.attach(self._channel, self._settings)
-        return self._channel
+    def _begin(self, optimizer: Optimizer) -> Tape:
+        """At the first step: where it is recorded."""
+        return self._recording.begin(optimizer, self._hooks, self._settle)
 
     def _end(self, status: RunStatus, timeout: float) -> None:
         if self._closed:
@@ -407,8 +310,7 @@ class Agent:
             self._hooks.new_attempt(optimizer, NullTape())
             if self._scaler is not None:
                 self._scaler.off(optimizer)
-        if self._channel is not None:
-            self._pipeline.close(self._channel, status, timeout)
+        self._recording.end(status, timeout)
 
     def _settle(self) -> None:
         """Put on record the last steps, where their numbers are on a device still."""
@@ -423,12 +325,9 @@ class Agent:
         if not self._closed:
             self._closed = True
             self._hooks.settle(None)
-            if self._channel is not None:
-                self._pipeline.let_end(self._channel)
+            self._recording.let_end()
 
     def _forked(self) -> None:
         """In a forked child: go on clipping, record nothing, touch nothing of the parent's."""
-        self._recording = False
-        self._channel = None
-        self._metrics_url = None
+        self._recording.forked()
         self._hooks.forked(NullTape())

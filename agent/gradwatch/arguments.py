@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gradwatch.treatment import OnNonFinite
 
 __all__ = [
+    "CLOSE_SECONDS",
     "NOT_GIVEN",
     "NotGiven",
     "describe",
@@ -33,6 +34,9 @@ __all__ = [
     "sparse",
     "tags",
 ]
+
+
+CLOSE_SECONDS = 5.0  # how long `close` waits for the store
 
 
 class NotGiven:

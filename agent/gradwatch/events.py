@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import json
 import math
 import struct
@@ -52,25 +51,37 @@ class NormSpikes:
     WINDOW = 50
     FROM = 20
     BURST = 5
+    RENEWAL = 10
 
     def __init__(self) -> None:
-        self._recent: deque[float] = deque()
-        self._sorted: list[float] = []
+        self._recent: deque[float] = deque(maxlen=self.WINDOW)
         self._since = self.BURST  # norms since the last one that was above
+        self._unsuspicious = 0.0  # no norm up to here is a spike,
+        self._holds_for = 0  # for so many norms
 
     def observe(self, norm: float) -> float | None:
         """The median before this finite norm, where a spike begins with it; else None."""
-        ordered = self._sorted
-        median = ordered[len(ordered) // 2] if len(ordered) >= self.FROM else math.inf
-        if len(ordered) == self.WINDOW:
-            del ordered[bisect.bisect_left(ordered, self._recent.popleft())]
-        bisect.insort(ordered, norm)
-        self._recent.append(norm)
         self._since += 1
+        self._holds_for -= 1
+        if self._holds_for >= 0 and norm <= self._unsuspicious:
+            self._recent.append(norm)
+            return None
+        median = self._median()
+        self._recent.append(norm)
         if norm <= self.FACTOR * median or median <= 0.0:
             return None
         quiet, self._since = self._since, 0
         return median if quiet > self.BURST else None
+
+    def _median(self) -> float:
+        ordered = sorted(self._recent)
+        middle = len(ordered) // 2
+        if len(ordered) < self.FROM:
+            return math.inf
+        # A norm that comes, and one that goes, move the median by one place at most.
+        self._unsuspicious = self.FACTOR * ordered[middle - self.RENEWAL]
+        self._holds_for = self.RENEWAL
+        return ordered[middle]
 
 
 class LossSpikes:

@@ -11,8 +11,8 @@ import math
 from math import hypot, sqrt
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+import numpy as np
 import torch
-from numpy import vdot
 
 from gradwatch.records import Measurement
 from gradwatch.shards import Shards, local
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Meter", "combine", "fault", "max_abs", "tensor_norms"]
 
+# Past numpy's dispatch to other array types, which costs as much again as the product.
+_vdot = getattr(np.vdot, "_implementation", np.vdot)
 _LARGE = 1 << 18  # elements; below, one foreach kernel for all tensors is faster
 _CHUNK = 1 << 20  # elements; a float32 dot product of this length is right to about 1e-6
 _HALF_CHUNK = 1 << 16
@@ -135,11 +137,11 @@ def _plan(tensors: Sequence[Tensor], norm_type: float) -> _Plan:
 
 def _norms(tensors: Sequence[Tensor], norm_type: float, plan: _Plan) -> list[float]:
     if len(plan.dot) == len(tensors):
-        return [sqrt(vdot(x, x).item()) for x in [t.numpy() for t in tensors]]
+        return [sqrt(_vdot(x, x)) for x in [t.numpy() for t in tensors]]
     norms = [0.0] * len(tensors)
     for i in plan.dot:
         x = tensors[i].numpy()
-        norms[i] = sqrt(vdot(x, x).item())
+        norms[i] = sqrt(_vdot(x, x))
     for i in plan.large:
         norms[i] = _large_norm(tensors[i])
     for i in plan.other:

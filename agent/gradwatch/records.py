@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "Applied",
     "Batch",
     "Clamp",
     "Decision",
@@ -93,13 +92,6 @@ class Skip(NamedTuple):
 
 
 Decision = Keep | Scale | ScaleEach | Clamp | Skip
-
-
-class Applied(NamedTuple):
-    """What carrying a decision out came to: was the gradient changed, and its norm then."""
-
-    clipped: bool
-    post_norm: float
 
 
 class StepRecord(NamedTuple):

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from gradwatch.norms import Meter, combine, max_abs
-from gradwatch.records import Applied, Clamp, Decision, Keep, Measurement, Scale, ScaleEach
+from gradwatch.records import Clamp, Decision, Keep, Measurement, Scale, ScaleEach
 from gradwatch.shards import full, local
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -60,10 +60,9 @@ class Carrier:
         self.folds = fold and reads_grad_scale(optimizer)
         self._exact = not fold
         self._divisor: Tensor | None = None
-        self._fill: Callable[[float], object]
-        self._before: dict[
-            str, Any
-        ] = {}  # attributes as they were, while ours stand in their place
+        self._cell: Any = None  # its one number, to be written to
+        # Attributes as they were, while ours stand in their place.
+        self._before: dict[str, Any] = {}
         self._in_force: Tensor | None = None  # the grad_scale of the step under way
         self._hidden: list[tuple[Tensor, Tensor]] = []
 
@@ -100,18 +99,21 @@ class Carrier:
 
     def carry_out(
         self, optimizer: Optimizer, decision: Decision, measured: Measurement, *, fold: bool
-    ) -> Applied:
-        """Do what was decided. `fold`: a `Scale` may be left to the optimizer's kernel."""
+    ) -> tuple[bool, float]:
+        """Do what was decided: whether that changed the gradient, and its norm then.
+
+        `fold`: a `Scale` may be left to the optimizer's kernel.
+        """
         if isinstance(decision, Scale):
             return self._scale(optimizer, decision.max_norm, measured, fold=fold)
         if isinstance(decision, Keep):
-            return Applied(False, measured.norm)
+            return False, measured.norm
         if isinstance(decision, Clamp):
             return _clamp(decision.limit, measured)
         if isinstance(decision, ScaleEach):
             return _scale_each(decision.factors, measured)
         self.skip(measured.params, measured.grads)
-        return Applied(False, math.nan)
+        return False, math.nan
 
     def skip(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Hide the gradients, so that this step touches neither parameters nor state.
@@ -168,34 +170,35 @@ class Carrier:
 
     def _scale(
         self, optimizer: Optimizer, max_norm: float, measured: Measurement, *, fold: bool
-    ) -> Applied:
+    ) -> tuple[bool, float]:
         if self._exact:
             return self._scale_as_torch_does(optimizer, max_norm, measured, fold=fold)
         coefficient = max_norm / (measured.norm + CLIP_EPSILON)
         if coefficient >= 1.0:
-            return Applied(False, measured.norm)
+            return False, measured.norm
         divisor = measured.scale / coefficient
         if fold and divisor < DIVISOR_LIMIT and self.can_fold(optimizer):
             self._divide_in_kernel(optimizer, divisor, measured.grads[0])
         else:
             _multiply(measured.grads, coefficient)
-        return Applied(True, measured.norm * coefficient)
+        return True, measured.norm * coefficient
 
     def _divide_in_kernel(self, optimizer: Optimizer, divisor: float, like: Tensor) -> None:
         if self._divisor is None or self._divisor.device != like.device:
-            self._divisor = torch.empty((), dtype=torch.float32, device=like.device)
-            # Writing through numpy costs a tenth of a torch call.
-            self._fill = self._divisor.numpy().fill if like.is_cpu else self._divisor.fill_
-        self._fill(divisor)
+            cell = torch.empty(1, dtype=torch.float32, device=like.device)
+            self._divisor = cell[0]
+            # Writing through the memory itself costs a tenth of a torch call.
+            self._cell = cell.numpy().data if like.is_cpu else cell
+        self._cell[0] = divisor
         self._replace_grad_scale(optimizer, self._divisor)
 
     def _scale_as_torch_does(
         self, optimizer: Optimizer, max_norm: float, measured: Measurement, *, fold: bool
-    ) -> Applied:
+    ) -> tuple[bool, float]:
         """Unscale, then `clip_grad_norm_`, bit for bit; called where it changes nothing too."""
         grads = list(measured.grads)
         if not grads:
-            return Applied(False, measured.norm)
+            return False, measured.norm
         limit = max_norm
         if measured.scale != 1.0:
             if fold and _is_fused(optimizer):
@@ -206,7 +209,7 @@ class Carrier:
         total = full(torch.nn.utils.get_total_norm(grads, measured.norm_type))
         torch.nn.utils.clip_grads_with_norm_(measured.params, limit, total)
         coefficient = min(1.0, limit / (total.item() + CLIP_EPSILON))
-        return Applied(coefficient < 1.0, measured.norm * coefficient)
+        return (coefficient < 1.0, measured.norm * coefficient)
 
     def _replace_grad_scale(self, optimizer: Optimizer, value: Tensor) -> None:
         self._in_force = value
@@ -236,18 +239,18 @@ def _multiply(grads: Sequence[Tensor], factor: float) -> None:
                     grad.mul_(factor)
 
 
-def _clamp(limit: float, measured: Measurement) -> Applied:
+def _clamp(limit: float, measured: Measurement) -> tuple[bool, float]:
     limit *= measured.scale
     if max_abs(measured.grads) <= limit:
-        return Applied(False, measured.norm)
+        return False, measured.norm
     grads = list(map(local, measured.grads))
     with torch.no_grad():
         torch._foreach_clamp_min_(grads, -limit)
         torch._foreach_clamp_max_(grads, limit)
-    return Applied(True, _norm_now(measured))
+    return True, _norm_now(measured)
 
 
-def _scale_each(factors: Sequence[float | Tensor], measured: Measurement) -> Applied:
+def _scale_each(factors: Sequence[float | Tensor], measured: Measurement) -> tuple[bool, float]:
     clipped = False
     norms: list[float] | None = []  # afterwards, as long as they can be inferred
     with torch.no_grad():
@@ -265,9 +268,9 @@ def _scale_each(factors: Sequence[float | Tensor], measured: Measurement) -> App
                 clipped = True
             grad.mul_(factor)
     if not clipped:
-        return Applied(False, measured.norm)
+        return False, measured.norm
     inferred = combine(norms, measured.norm_type) if norms is not None else _norm_now(measured)
-    return Applied(True, inferred)
+    return True, inferred
 
 
 def _norm_now(measured: Measurement) -> float:

@@ -233,14 +233,14 @@ def test_training_goes_on_without_a_store(store, tmp_path, caplog):
     losses = train(model, optimizer, 60)
     assert losses[-1] < losses[0]
     assert not agent.flush(0.5)
-    ring = agent._channel.ring
+    ring = agent._recording.channel.ring
     assert len(ring.read_steps(0).records) == 60
     time.sleep(0.3)  # several more tries of the worker
     warned = [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert len(warned) == 1
     assert str(ring.path) in warned[0].getMessage()
     assert __import__("re").search(words, warned[0].getMessage())
-    agent._pipeline.close(agent._channel, "finished", 0.2)
+    agent._recording.pipeline.close(agent._recording.channel, "finished", 0.2)
     assert ring.path.exists()
 
 
@@ -282,10 +282,10 @@ def test_a_password_is_never_shown(caplog):
     assert not agent.flush(1.0)
     assert caplog.messages
     assert not any("s3cret" in message for message in caplog.messages)
-    assert b"s3cret" not in agent._channel.ring.path.read_bytes()
-    assert "s3cret" not in repr(agent._settings)
-    agent._pipeline.close(agent._channel, "finished", 0.1)
-    agent._channel.ring.path.unlink()
+    assert b"s3cret" not in agent._recording.channel.ring.path.read_bytes()
+    assert "s3cret" not in repr(agent._recording.settings)
+    agent._recording.pipeline.close(agent._recording.channel, "finished", 0.1)
+    agent._recording.channel.ring.path.unlink()
 
 
 WRITER = """

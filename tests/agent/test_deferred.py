@@ -256,7 +256,7 @@ def test_what_is_under_way_is_recorded_when_the_optimizer_goes(queue):
     for step in range(5):
         set_gradients(step, model)
         optimizer.step()
-    channel = agent._channel
+    channel = agent._recording.channel
     del agent, optimizer
     assert channel.closed.wait(20)
     assert len(sink.steps) == 5

@@ -189,7 +189,7 @@ def test_no_exporter(port):
 def test_it_binds_loopback_unless_told_otherwise():
     """Nothing of the job is shown to the network by default."""
     agent, *_ = start(1)
-    exporter = agent._pipeline._exporter
+    exporter = agent._recording.pipeline._exporter
     assert exporter._server.server_address[0] == "127.0.0.1"
 
 

@@ -1,0 +1,161 @@
+"""One agent's run on record: who it is, its flight recorder, its way to the sinks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import uuid
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from gradwatch import arguments, channel, identity, process, rings
+from gradwatch.control import control_of
+from gradwatch.peers import Peers
+from gradwatch.records import RunInfo
+from gradwatch.sinks import NullSink
+from gradwatch.tape import NullTape, Tape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch.optim import Optimizer
+
+    from gradwatch.channel import Channel
+    from gradwatch.config import Settings
+    from gradwatch.hooks import StepHooks
+    from gradwatch.identity import UidSource
+    from gradwatch.pipeline import Pipeline
+    from gradwatch.records import RunStatus
+    from gradwatch.sinks import Sink
+
+__all__ = ["Recording"]
+
+
+class Recording:
+    """The run of one optimizer, from its first step on; one attempt after another."""
+
+    def __init__(self, settings: Settings, sink: Sink | None, tags: Mapping[str, Any]) -> None:
+        self.settings = settings
+        self.pipeline: Pipeline = process.pipeline()
+        self.channel: Channel | None = None  # the attempt under way
+        self._sink = sink
+        self._tags = tags
+        self._uid: str | None = None
+        self._uid_source: UidSource = "fresh"
+        self._on = not settings.disabled
+        self._incomplete = False  # steps were taken that nothing will ever store
+        self._ordinal = self.pipeline.next_run()
+        self._attempts = 0
+        exports = self._on and identity.rank_and_world(os.environ)[0] == 0
+        self.metrics_url = self.pipeline.export(settings) if exports else None
+
+    @property
+    def run_id(self) -> str:
+        """The run's uid, under which the store knows it."""
+        if self.channel is not None:
+            return self.channel.run.uid
+        if self._uid is None:
+            self._uid, self._uid_source = identity.run_uid(
+                self.pipeline.job, setting=self.settings.run_id, ordinal=self._ordinal
+            )
+        return self._uid
+
+    def begin(self, optimizer: Optimizer, hooks: StepHooks, settle: Callable[[], None]) -> Tape:
+        """At the first step of an attempt: its tape; where none can be made, one that keeps nothing.
+
+        `settle`, a bound method that is held weakly, puts the last steps on the tape.
+        """
+        try:
+            return self._open(optimizer, hooks, weakref.WeakMethod(settle))
+        except Exception as error:  # noqa: BLE001 - the border with the training loop
+            self._incomplete = True
+            self.pipeline.troubles.report(
+                "begin", f"nothing is recorded ({type(error).__name__}: {error})"
+            )
+            return NullTape()
+
+    def resume(self, uid: str) -> None:
+        """Go on as the run of that uid, in a further attempt; another that is under way ends."""
+        if self.channel is not None:
+            status: RunStatus | None = None if self.channel.run.uid == uid else "finished"
+            self.end(status, arguments.CLOSE_SECONDS)
+            self.channel = None
+        self._uid, self._uid_source = uid, "state"
+
+    def flush(self, timeout: float) -> bool:
+        """Whether all that was recorded is stored, after `timeout` seconds at most."""
+        if self.channel is None:
+            return not self._incomplete
+        return self.pipeline.flush(self.channel, timeout)
+
+    def end(self, status: RunStatus | None, timeout: float) -> None:
+        """Store what is left, within `timeout` seconds, and end the run."""
+        if self.channel is not None:
+            self.pipeline.close(self.channel, status, timeout)
+
+    def let_end(self) -> None:
+        """The same as finished, in the worker's own time; takes no lock."""
+        if self.channel is not None:
+            self.pipeline.let_end(self.channel)
+
+    def forked(self) -> None:
+        """In a forked child: record nothing, touch nothing of the parent's."""
+        self._on = False
+        self.channel = None
+        self.metrics_url = None
+
+    def _open(
+        self,
+        optimizer: Optimizer,
+        hooks: StepHooks,
+        settle: weakref.WeakMethod[Callable[[], None]],
+    ) -> Tape:
+        rank, world_size = identity.rank_and_world(os.environ)
+        hooks.notices.rank, hooks.notices.alone = rank, world_size == 1
+        self._attempts += 1
+        peers = Peers.of(self._ordinal, self._attempts) if world_size > 1 else None
+        if not self._on or (rank != 0 and peers is None):
+            return NullTape()
+        run = RunInfo(
+            uid=self.run_id,
+            uid_source=self._uid_source,
+            name=self.settings.run or identity.default_name(),
+            job=self.pipeline.job.id,
+            ring=uuid.uuid4().hex,
+            host=identity.host(),
+            pid=os.getpid(),
+            rank=rank,
+            world_size=world_size,
+            started_at=self.pipeline.clock.time(),
+            start_step=hooks.step,
+            metrics_url=self.metrics_url,
+            tags=self._tags,
+            settings=arguments.describe(optimizer, hooks, self.settings),
+        )
+        ring = rings.make(
+            run,
+            self.settings,
+            parameters=hooks.notices.named(optimizer),
+            durable=self._sink is None,
+            report=self.pipeline.troubles.report,
+        )
+        run = dataclasses.replace(
+            run, settings={**run.settings, "ring": str(ring.path) if ring.path else None}
+        )
+        if peers is not None and rank == 0:
+            peers.lead(run.ring)
+        control = None
+        if self.settings.remote_control:
+            control = control_of(hooks.parts, peers, rank, world_size)
+        self.channel = channel.Channel(
+            run,
+            ring,
+            self._sink or self.pipeline.store_sink(self.settings.store),
+            self.pipeline.metrics if self.metrics_url else NullSink(),
+            notices=hooks.notices,
+            peers=peers,
+            control=control,
+            settle=lambda: (method := settle()) and method(),
+        )
+        self.pipeline.attach(self.channel, self.settings)
+        return self.channel
