@@ -137,6 +137,7 @@ class Deferred:
         self._every: list[Tensor] = []  # the optimizer's parameters
         self._suited = False  # whether these can be measured on one device
         self._free: list[_Slot] = []
+        self._begun: _Slot | None = None
         self._pending: deque[_Slot] = deque()
         self.warm = False  # a step with these parameters was applied: the optimizer has its state
 
@@ -174,12 +175,19 @@ class Deferred:
             slot.scaled = scale is not None
             unfit = self._unfit(slot, found_inf) if mode == "skip" else None
             divisor = self._divisor(slot, scale, step.threshold, whole=mode == "skip")
-            self._carrier.leave_to_kernel(optimizer, divisor, unfit)
             known_scale = loss_scale() if scale is None and loss_scale is not None else scale
             slot.take_along(known_scale, found_inf, loss, optimizer.param_groups[0].get("lr"))
             slot.send()
-        self._pending.append(slot)
+        # Last, so that nothing is set where something before it fails.
+        self._carrier.leave_to_kernel(optimizer, divisor, unfit)
+        self._begun = slot
         return True
+
+    def keep(self) -> None:
+        """The step that was begun last was taken: it is to be put on record."""
+        if self._begun is not None:
+            self._pending.append(self._begun)
+            self._begun = None
 
     def settle(
         self,
@@ -199,6 +207,7 @@ class Deferred:
 
     def forget(self) -> None:
         """Let go of all steps (in a forked child, which has no device)."""
+        self._begun = None
         self._pending.clear()
         self._free.clear()
 

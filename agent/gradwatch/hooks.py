@@ -128,16 +128,16 @@ class StepHooks:
 
     def overflowed(self, optimizer: Optimizer, loss_scale: float) -> None:
         """Record a step that a GradScaler suppressed without calling `step()`."""
-        began = self._monotonic()
+        began, number = self._monotonic(), self.step
         try:
             self._ensure_tape(optimizer)
             self.settle(optimizer)
-            step = OpenStep(self.step, self._time(), self.threshold)
+            step = OpenStep(number, self._time(), self.threshold)
             step.loss_scale = loss_scale
             self._treat.overflow(step)
             self._close(optimizer, step, began)
         except Exception as error:  # noqa: BLE001 - the border with the training loop
-            self.step += 1
+            self.step = number + 1
             self._failed(error)
 
     # -- what others may see -------------------------------------------------------------------
@@ -254,9 +254,9 @@ class StepHooks:
                 self._treat_from_here(optimizer, step, by_hand=by_hand)
             self._open = step
             tape.overhead += self._monotonic() - began
-        except ConfigurationError:  # at the first step: a wrong argument that shows only now
-            raise
-        except Exception as error:  # noqa: BLE001 - the border with the training loop
+        except Exception as error:
+            if isinstance(error, ConfigurationError) and self.tape is None:
+                raise  # at the first step: a wrong argument that shows only now
             self.step += not by_hand
             self._failed(error, lost=not by_hand)
             if step is None or not step.flags & (FLAGS.CLIPPED | FLAGS.SKIPPED):
@@ -318,6 +318,8 @@ class StepHooks:
         tape = self.tape or self._ensure_tape(optimizer)
         step.ended = began
         if self._may_defer:
+            if step.deferred:
+                self._deferred.keep()
             self._deferred.settle(self._write, optimizer)
             self._deferred.warm = self._deferred.warm or not step.flags & FLAGS.SKIPPED
         if not step.deferred:

@@ -399,11 +399,11 @@ def test_gradients_that_come_and_go(queue):
 
 
 def test_an_exception_inside_a_step_leaves_nothing_behind(queue):
-    """The next step is clipped by its own divisor, with none of the last one's."""
+    """The next step is clipped by its own divisor, and the one that failed is not on record."""
     ours, theirs = twins()
     wrapped = OPTIMIZERS["sgd"](ours.parameters())
     plain = OPTIMIZERS["sgd"](theirs.parameters())
-    agent, _ = watch(wrapped, ours)
+    agent, sink = watch(wrapped, ours)
     for step in range(6):
         set_gradients(step, ours, theirs)
         if step == 3:
@@ -416,6 +416,7 @@ def test_an_exception_inside_a_step_leaves_nothing_behind(queue):
         assert not {"grad_scale", "found_inf"} & set(vars(wrapped))
     assert greatest_difference(ours, theirs) < 1e-6
     assert agent.flush()
+    assert [r.step for r in sink.steps] == list(range(6))
 
 
 def _fail_once():
