@@ -6,6 +6,9 @@ import itertools
 import torch
 from torch import nn
 
+import gradwatch
+from gradwatch.testing import MemorySink
+
 
 def mlp(seed=0, sizes=(8, 16, 16, 1)):
     """A multi-layer perceptron with its own seed."""
@@ -20,6 +23,31 @@ def twins(seed=0):
     """Two equal models."""
     model = mlp(seed)
     return model, copy.deepcopy(model)
+
+
+def sgd(model=None, **options):
+    """Plain SGD on a model, a small one of its own by default."""
+    return torch.optim.SGD((model or mlp()).parameters(), lr=0.1, **options)
+
+
+def one_parameter(kind=torch.optim.SGD, size=4, **options):
+    """A weight of ones and the optimizer that has only this one."""
+    weight = nn.Parameter(torch.ones(size))
+    return weight, kind([weight], **{"lr": 0.1, **options})
+
+
+def watched(optimizer, **arguments):
+    """The agent of an optimizer, and where its records go: to memory, with no exporter."""
+    sink = MemorySink()
+    return gradwatch.Agent(optimizer, **{"store": sink, "metrics_port": None, **arguments}), sink
+
+
+def step_once(optimizer, step=0):
+    """A step with small gradients, a little greater at each step and parameter."""
+    for group in optimizer.param_groups:
+        for i, p in enumerate(group["params"]):
+            p.grad = torch.full_like(p, 0.01 * (step + i + 1))
+    optimizer.step()
 
 
 def set_gradients(step, *models, size=1.0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import weakref
 from pathlib import Path
@@ -275,7 +276,8 @@ class Agent:
             "version": 1,
             "run_id": self.run_id,
             "step": self._hooks.step,
-            "policies": [part.dump() for part in self._hooks.parts],
+            # As text: distributed checkpoints take a dict apart, and lose what a fresh one lacks.
+            "policies": json.dumps([part.dump() for part in self._hooks.parts]),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -165,14 +165,15 @@ def model_and_scaler(model: Any, scaler: Any) -> None:
 def loaded(state: Mapping[str, Any], parts: list[Part]) -> list[tuple[Policy[Any], Any]]:
     """Policies and states from an agent's state_dict, checked against the policies there are."""
     try:
-        names = [entry["policy"] for entry in state["policies"]]
+        policies = json.loads(state["policies"])
+        names = [entry["policy"] for entry in policies]
         good = (
             state["version"] == 1
             and isinstance(state["run_id"], str)
             and isinstance(state["step"], int)
             and state["step"] >= 0
         )
-    except (TypeError, KeyError):
+    except (TypeError, KeyError, ValueError):
         good = False
     if not good:
         msg = "load_state_dict takes what Agent.state_dict() returned"
@@ -182,7 +183,7 @@ def loaded(state: Mapping[str, Any], parts: list[Part]) -> list[tuple[Policy[Any
         msg = f"the state is of {', '.join(names)}; this agent has {', '.join(ours)}"
         raise ConfigurationError(msg)
     try:
-        return [part.loaded(entry) for part, entry in zip(parts, state["policies"], strict=True)]
+        return [part.loaded(entry) for part, entry in zip(parts, policies, strict=True)]
     except (TypeError, KeyError, ValueError) as error:
         msg = f"the state of a policy is not as state_dict wrote it ({error!r})"
         raise ConfigurationError(msg) from None

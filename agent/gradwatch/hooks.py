@@ -72,7 +72,7 @@ class StepHooks:
         self._start = start
         self._report = report
         self._open: OpenStep | None = None
-        self._nested = 0  # calls of super().step() that are under way inside a step()
+        self._nested = 0  # steps under way that are not to be looked at: super().step() inside one
         self._may_defer = False  # the gradients are on a device; seen at the first step
 
     # -- the hooks -----------------------------------------------------------------------------
@@ -89,6 +89,9 @@ class StepHooks:
             self._nested += 1
             return None
         self._nested = 0
+        if closure is None and "closure" in kwargs and _only_makes_state():
+            self._nested += 1
+            return None
         if not callable(closure):
             self._enter(optimizer)
             return None
@@ -374,6 +377,19 @@ def _is_within_a_step(optimizer: Optimizer) -> bool:
         if outer.f_code is wrapper and (outer.f_locals.get("args") or (None,))[0] is optimizer:
             return True
         outer = outer.f_back
+    return False
+
+
+def _only_makes_state() -> bool:
+    """Whether this is torch.distributed.checkpoint asking an optimizer without state for some.
+
+    It takes a step with gradients of 0 and a learning rate of 0, which is none of the job's.
+    """
+    frame = sys._getframe(2).f_back
+    while frame is not None:
+        if frame.f_code.co_name == "_init_optim_state":
+            return True
+        frame = frame.f_back
     return False
 
 

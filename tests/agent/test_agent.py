@@ -1,32 +1,17 @@
-"""The handle: identity, lifetime, logging, checkpoints, and errors that say what is right."""
+"""The handle: wrapping, lifetime, logging, and training on where something fails."""
 
-import copy
 import gc
-import io
 import math
-import pickle
-import warnings
+import weakref
 
 import pytest
 import torch
-from loops import mlp, set_gradients, train, twins
+from loops import one_parameter, set_gradients, sgd, step_once, twins, watched
 from torch.nn.utils import clip_grad_norm_
 
 import gradwatch
-from gradwatch import Agent, ClipNorm, ClipValue, ObserveOnly, Settings
+from gradwatch import Agent, ClipNorm, ClipValue
 from gradwatch.testing import MemorySink
-
-
-def sgd(model=None, **options):
-    model = model or mlp()
-    return torch.optim.SGD(model.parameters(), lr=0.1, **options)
-
-
-def step_once(optimizer, step=0):
-    for group in optimizer.param_groups:
-        for i, p in enumerate(group["params"]):
-            p.grad = torch.full_like(p, 0.01 * (step + i + 1))
-    optimizer.step()
 
 
 def test_wrap_returns_the_same_object():
@@ -95,13 +80,26 @@ def test_an_optimizer_that_is_gone_ends_its_run():
     sink = MemorySink()
     agent = Agent(optimizer, store=sink, metrics_port=None)
     step_once(optimizer)
-    channel = agent._channel
+    channel = agent._recording.channel
     del optimizer
     gc.collect()
     assert channel.closed.wait(5.0)
     assert len(sink.steps) == 1
     assert sink.statuses == ["finished"]
     assert agent.flush()
+
+
+def test_closed_agents_are_not_kept():
+    """Nor what they hold."""
+    _, optimizer = one_parameter()
+    gone = []
+    for _ in range(3):
+        agent, _ = watched(optimizer, replace=True)
+        gone.append(weakref.ref(agent))
+    del agent
+    gradwatch.Agent.of(optimizer).close()
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3
 
 
 def test_log_attaches_the_loss_to_the_coming_step():
@@ -126,6 +124,18 @@ def test_log_refuses_what_is_not_one_number(loss):
         agent.log(loss=loss)
 
 
+def test_logged_losses_are_values_not_memory():
+    """The loop may write into the tensor before the step."""
+    weight, optimizer = one_parameter()
+    agent, _ = watched(optimizer)
+    loss = torch.tensor(3.0)
+    agent.log(loss=loss)
+    loss.zero_()
+    weight.grad = torch.ones(4)
+    optimizer.step()
+    assert agent.last.loss == 3.0
+
+
 def test_threshold_and_last():
     """What a progress bar shows."""
     optimizer = sgd()
@@ -139,233 +149,6 @@ def test_threshold_and_last():
     assert last.post_norm == pytest.approx(0.01, rel=1e-4)
     assert math.isnan(Agent(sgd(), clip=ClipValue(1), store=MemorySink(),
                             metrics_port=None).threshold)  # fmt: skip
-
-
-def test_state_dict_goes_on_as_the_same_run():
-    """Saved and loaded with `weights_only=True`: the run's uid, step and policy state."""
-    optimizer = sgd()
-    policy = gradwatch.TargetRatio()
-    agent = Agent(optimizer, clip=policy, store=MemorySink(), metrics_port=None)
-    for step in range(30):
-        step_once(optimizer, step)
-    buffer = io.BytesIO()
-    torch.save(agent.state_dict(), buffer)
-    buffer.seek(0)
-    state = torch.load(buffer, weights_only=True)
-
-    resumed = sgd()
-    sink = MemorySink()
-    other = Agent(resumed, clip=policy, store=sink, metrics_port=None)
-    other.load_state_dict(state)
-    assert (other.run_id, other.threshold) == (agent.run_id, agent.threshold)
-    step_once(resumed)
-    assert other.flush()
-    assert sink.steps[0].step == 30
-    assert (sink.runs[0].uid, sink.runs[0].start_step) == (agent.run_id, 30)
-
-
-def test_a_state_loaded_between_steps_begins_a_new_attempt():
-    """Going back to a checkpoint within the process: nothing of the first attempt is lost."""
-    optimizer = sgd()
-    agent = Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
-    for step in range(5):
-        if step == 2:
-            state = agent.state_dict()
-        step_once(optimizer, step)
-    agent.load_state_dict(state)
-    step_once(optimizer)
-    assert agent.flush()
-    assert [r.step for r in sink.steps] == [0, 1, 2, 3, 4, 2]
-    assert [run.start_step for run in sink.runs] == [0, 2]
-    assert sink.runs[0].uid == sink.runs[1].uid
-    assert sink.statuses == [None]
-
-
-@pytest.mark.parametrize("state", [{}, {"version": 2}, None, [], {"version": 1, "run_id": 3}])
-def test_a_state_that_is_none_is_refused(state):
-    """What `state_dict` did not write is an error that says so."""
-    agent = Agent(sgd(), store=MemorySink(), metrics_port=None)
-    with pytest.raises(gradwatch.ConfigurationError, match="state_dict"):
-        agent.load_state_dict(state)
-
-
-def test_a_state_of_another_policy_is_refused():
-    """A policy's state does not fit another policy."""
-    state = Agent(sgd(), store=MemorySink(), metrics_port=None).state_dict()
-    agent = Agent(sgd(), clip=gradwatch.TargetRatio(), store=MemorySink(), metrics_port=None)
-    with pytest.raises(gradwatch.ConfigurationError, match="ClipNorm.*TargetRatio"):
-        agent.load_state_dict(state)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))])
-def test_copies_of_a_wrapped_optimizer_are_unwrapped(copied):
-    """Deepcopy and pickle give a working optimizer without an agent."""
-    optimizer = torch.optim.AdamW(mlp().parameters(), fused=True)
-    agent = Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
-    step_once(optimizer)
-    other = copied(optimizer)
-    with pytest.raises(gradwatch.NotWrappedError):
-        Agent.of(other)
-    step_once(other)
-    assert agent.flush()
-    assert len(sink.steps) == 1
-
-
-def test_schedulers_built_before_and_after_stay_unaffected():
-    """No warning, and the learning rate on record is the one in force."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        optimizer = sgd()
-        before = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
-        agent = Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
-        after = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.1)
-        expected = []
-        for step in range(5):
-            expected.append(optimizer.param_groups[0]["lr"])
-            step_once(optimizer, step)
-            before.step()
-            after.step()
-    assert agent.flush()
-    assert [r.lr for r in sink.steps] == pytest.approx(expected)
-
-
-def test_optimizer_state_dict_is_what_it_was():
-    """The agent puts nothing into the optimizer's checkpoint."""
-    ours, theirs = twins()
-    wrapped = torch.optim.AdamW(ours.parameters(), fused=True)
-    plain = torch.optim.AdamW(theirs.parameters(), fused=True)
-    gradwatch.wrap(wrapped, clip=ObserveOnly(), store=MemorySink(), metrics_port=None)
-    train(ours, wrapped, 3)
-    train(theirs, plain, 3)
-    buffer = io.BytesIO()
-    torch.save(wrapped.state_dict(), buffer)
-    buffer.seek(0)
-    loaded = torch.load(buffer, weights_only=True)
-    assert str(loaded) == str(plain.state_dict())
-
-
-# -- closures ------------------------------------------------------------------------------------
-
-
-def closure_for(model, optimizer, step, *, clip=None):
-    generator = torch.Generator().manual_seed(step)
-    x = torch.randn(16, 8, generator=generator)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = torch.nn.functional.mse_loss(model(x), 5 * x.sum(1, keepdim=True))
-        loss.backward()
-        if clip is not None:
-            clip_grad_norm_(model.parameters(), clip)
-        return loss
-
-    return closure
-
-
-@pytest.mark.parametrize(
-    ("kind", "options"),
-    [
-        ("SGD", {"lr": 0.1, "momentum": 0.9}),
-        ("SGD", {"lr": 0.1, "momentum": 0.9, "fused": True}),
-        ("AdamW", {"lr": 0.01, "fused": True}),
-        ("LBFGS", {"lr": 0.1, "max_iter": 4}),
-    ],
-)
-def test_closures_clip_after_their_backward(kind, options, monkeypatch):
-    """Equal to clipping inside the closure; one record an outer step, with the closure's loss."""
-    if kind == "LBFGS":
-        # Its curvature estimate blows a rounding error up: compare bit by bit instead.
-        monkeypatch.setenv("GRADWATCH_FOLD", "0")
-    ours, theirs = twins()
-    wrapped = getattr(torch.optim, kind)(ours.parameters(), **options)
-    plain = getattr(torch.optim, kind)(theirs.parameters(), **options)
-    agent = Agent(wrapped, store=(sink := MemorySink()), metrics_port=None, on_nonfinite="raise")
-    losses = []
-    for step in range(6):
-        returned = wrapped.step(closure_for(ours, wrapped, step))
-        expected = plain.step(closure_for(theirs, plain, step, clip=1.0))
-        losses.append(float(expected.detach()))
-        assert float(returned.detach()) == pytest.approx(losses[-1], rel=1e-5)
-    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-    assert agent.flush()
-    assert [r.step for r in sink.steps] == list(range(6))
-    assert [r.loss for r in sink.steps] == pytest.approx(losses, rel=1e-5)
-
-
-def test_an_error_in_the_closure_is_the_users():
-    """It comes out as it went in, and the next step works."""
-    model = mlp()
-    optimizer = sgd(model)
-    agent = Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
-
-    def closure():
-        raise KeyError("batch")
-
-    with pytest.raises(KeyError, match="batch"):
-        optimizer.step(closure)
-    optimizer.step(closure_for(model, optimizer, 0))
-    assert agent.flush()
-    assert len(sink.steps) == 1
-
-
-# -- wrong arguments -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "much", None, True])
-@pytest.mark.parametrize("policy", [ClipNorm, ClipValue])
-def test_a_threshold_is_a_finite_number_above_zero(policy, value):
-    """Negative would reverse the gradients, zero stop the training, NaN poison it."""
-    name = "max_norm" if policy is ClipNorm else "clip_value"
-    with pytest.raises(gradwatch.ConfigurationError, match=name) as caught:
-        policy(value)
-    assert repr(value) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"clip": 1.0}, "ClipNorm"),
-        ({"clip": []}, "ClipNorm"),
-        ({"clip": [ClipNorm(1.0), ClipNorm(1.0)]}, "2 policies.*1 parameter group"),
-        ({"on_nonfinite": "stop"}, '"skip", "raise" or "ignore"'),
-        ({"metrics_port": 70000}, "70000.*0 to 65535"),
-        ({"metrics_port": "abc"}, "abc.*0 to 65535"),
-        ({"store": "mysql://root:secret@db/x"}, "SQLite or PostgreSQL"),
-        ({"store": 3}, "URL"),
-        ({"run": ""}, "run"),
-        ({"tags": ["a"]}, "dict"),
-        ({"settings": {"run": "x"}}, "gradwatch.Settings"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, words):
-    """The error names the argument, its value and what would be right; nothing is hooked."""
-    optimizer = sgd()
-    with pytest.raises(gradwatch.ConfigurationError, match=words) as caught:
-        gradwatch.wrap(optimizer, **{"store": MemorySink(), "metrics_port": None} | arguments)
-    assert "secret" not in str(caught.value)
-    assert not optimizer._optimizer_step_pre_hooks
-
-
-def test_only_optimizers_are_wrapped():
-    """A model handed over by mistake is told apart."""
-    with pytest.raises(gradwatch.ConfigurationError, match="torch.optim.Optimizer, not Sequential"):
-        gradwatch.wrap(mlp())
-
-
-def test_lbfgs_cannot_skip():
-    """Refused at `wrap`, with what to use."""
-    with pytest.raises(gradwatch.ConfigurationError, match='"raise" or "ignore"'):
-        gradwatch.wrap(torch.optim.LBFGS(mlp().parameters()))
-
-
-def test_mixed_norm_types_are_refused():
-    """A total of an L2 and an L1 norm means nothing."""
-    model = mlp()
-    groups = [{"params": list(m.parameters())} for m in (model[0], model[2])]
-    optimizer = torch.optim.SGD(groups, lr=0.1)
-    with pytest.raises(gradwatch.ConfigurationError, match="norm_type"):
-        gradwatch.wrap(optimizer, clip=[ClipNorm(1.0), ClipNorm(1.0, norm_type=1)])
 
 
 def test_disabled_still_clips(monkeypatch):
@@ -382,23 +165,6 @@ def test_disabled_still_clips(monkeypatch):
     assert agent.metrics_url is None
     assert agent.flush()
     agent.close()
-
-
-def test_settings_come_after_arguments_and_before_the_environment(monkeypatch):
-    """Argument, Settings, environment, default: in this order."""
-    monkeypatch.setenv("GRADWATCH_RUN", "from-environment")
-    monkeypatch.setenv("GRADWATCH_RING_STEPS", "128")
-    for arguments, expected in (
-        ({"run": "argument", "settings": Settings(run="settings")}, "argument"),
-        ({"settings": Settings(run="settings")}, "settings"),
-        ({}, "from-environment"),
-    ):
-        optimizer = sgd()
-        agent = Agent(optimizer, store=(sink := MemorySink()), metrics_port=None, **arguments)
-        step_once(optimizer)
-        assert agent.flush()
-        assert sink.runs[0].name == expected
-        assert agent._channel.ring.step_capacity == 128
 
 
 def test_a_failure_inside_becomes_one_warning_and_training_goes_on_clipped(monkeypatch, caplog):
@@ -422,4 +188,4 @@ def test_a_failure_inside_becomes_one_warning_and_training_goes_on_clipped(monke
     assert [r.step for r in sink.steps] == [0, 4, 5]
     warned = [r for r in caplog.records if "could not be recorded" in r.message]
     assert len(warned) == 1
-    assert agent._channel.dropped() == {"error": 3}
+    assert agent._recording.channel.dropped() == {"error": 3}

@@ -1,0 +1,56 @@
+"""Who a run is, told from its script and its launcher."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+
+
+def test_two_scripts_of_one_allocation_are_two_runs(tmp_path):
+    """Both alive under one Slurm job id: neither hides the other's steps."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        "import sys, torch, gradwatch\n"
+        "w = torch.nn.Parameter(torch.ones(2)); o = torch.optim.SGD([w], lr=.1)\n"
+        "a = gradwatch.Agent(o, run=sys.argv[1], store='runs.db', metrics_port=None)\n"
+        "for i in range(40):\n"
+        "    w.grad = torch.ones(2); o.step()\n"
+        "assert a.flush(20)\n"
+        "print('stored', flush=True)\n"
+        "sys.stdin.readline()\n"
+    )
+    jobs = []
+    for name in ("resnet", "lstm"):
+        job = subprocess.Popen(
+            [sys.executable, str(script), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "SLURM_JOB_ID": "77"},
+        )
+        jobs.append(job)
+        assert job.stdout.readline() == "stored\n"
+    for job in jobs:
+        job.communicate("\n", timeout=60)
+        assert job.returncode == 0
+    with sqlite3.connect("runs.db") as connection:
+        found = connection.execute(
+            "SELECT r.name, count(*) FROM runs r JOIN steps s ON s.run_id = r.id GROUP BY r.id"
+        ).fetchall()
+    assert found == [("resnet", 40), ("lstm", 40)]
+
+
+def test_a_script_whose_name_is_no_text(tmp_path):
+    """Its run is stored, under a name that is."""
+    script = tmp_path / b"tr\xe9n.py".decode("utf-8", "surrogateescape")
+    script.write_text(
+        "import torch, gradwatch\n"
+        "w = torch.nn.Parameter(torch.ones(2)); o = torch.optim.SGD([w], lr=.1)\n"
+        "gradwatch.wrap(o, store='runs.db', metrics_port=None)\n"
+        "w.grad = torch.ones(2); o.step()\n"
+    )
+    subprocess.run([sys.executable, script], check=True, timeout=120)
+    with sqlite3.connect("runs.db") as connection:
+        assert connection.execute("SELECT name, status FROM runs").fetchall() == [
+            ("tr?n", "finished")
+        ]
