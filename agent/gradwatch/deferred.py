@@ -282,7 +282,7 @@ class Deferred:
             return
         noted = self._treat.complete(optimizer, step)
         if slot.sampled or noted:
-            self._treat.sample(step, self._every, weights if slot.with_weights else None)
+            self._treat.sample(step, weights if slot.with_weights else None)
 
 
 def on_a_device(optimizer: Optimizer) -> bool:

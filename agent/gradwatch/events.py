@@ -299,7 +299,8 @@ def encode_layers(
     metadata, so a sample at every step costs next to nothing.
     """
     head = _LAYERS.pack(_LAYERS_TAG, weights is not None, len(grads), step)
-    return head + array("d", grads).tobytes() + array("d", weights or ()).tobytes()
+    body = head + array("d", grads).tobytes()
+    return body if weights is None else body + array("d", weights).tobytes()
 
 
 def _encode(body: Mapping[str, Any]) -> bytes:

@@ -170,16 +170,15 @@ class Treatment:
 
     def _sample(self, optimizer: Optimizer, step: OpenStep, *, always_weights: bool) -> None:
         self.notices.named(optimizer)
-        every = [p for group in optimizer.param_groups for p in group["params"]]
         _, weights = self.notices.samples(step.number)
-        held = tensor_norms([p.detach() for p in every]) if weights or always_weights else None
-        self.sample(step, every, held)
+        held = None
+        if weights or always_weights:
+            held = tensor_norms([p.detach() for p in self.notices.every_parameter])
+        self.sample(step, held)
 
-    def sample(
-        self, step: OpenStep, every: Sequence[Tensor], weights: Sequence[float] | None
-    ) -> None:
+    def sample(self, step: OpenStep, weights: Sequence[float] | None) -> None:
         """Put the layer norms on record."""
-        layers = self.notices.layers(step.number, step.measured, every, weights)
+        layers = self.notices.layers(step.number, step.measured, weights)
         step.messages = [*step.messages, layers]
 
     def _clip(self, optimizer: Optimizer, step: OpenStep, part: Part, *, by_hand: bool) -> None:
