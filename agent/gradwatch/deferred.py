@@ -8,6 +8,7 @@ whether the step is to be applied. The numbers come through pinned memory while 
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
@@ -30,13 +31,15 @@ if TYPE_CHECKING:
 __all__ = ["Arrival", "Arrived", "Deferred", "arrival", "on_a_device"]
 
 DEVICES = frozenset({"cuda"})
+# Slots of a forked child's parent: to free pinned memory there would call the device.
+_left_behind: list[_Slot] = []
 IN_FLIGHT = 2  # steps that may be on the device; with one more, the first is waited for
 
 
 class Arrival(Protocol):
     """Whether what was sent before it has arrived: `torch.cuda.Event`, as far as it is used."""
 
-    def record(self) -> None:
+    def record(self, stream: torch.cuda.Stream | None) -> None:
         """Mark this place in the device's queue."""
 
     def query(self) -> bool:
@@ -49,7 +52,7 @@ class Arrival(Protocol):
 class Arrived:
     """A device that answers at once: the CPU."""
 
-    def record(self) -> None:
+    def record(self, stream: torch.cuda.Stream | None) -> None:
         """Do nothing."""
 
     def query(self) -> bool:
@@ -91,7 +94,7 @@ class _Slot:
         self.unfit = torch.zeros((), dtype=torch.float32, device=device)
         self.arrival = arrival(device)
         self.step: OpenStep
-        self.params: Sequence[Tensor] = ()
+        self.params: Sequence[weakref.ref[Tensor]] = ()
         self.known: list[float | None] = []  # the extras that were never on the device
         self.sampled = self.with_weights = self.has_loss = self.scaled = False
 
@@ -112,7 +115,9 @@ class _Slot:
     def send(self) -> None:
         """Let it all come to this side, in the device's own time."""
         self.host.copy_(self.row, non_blocking=True)
-        self.arrival.record()
+        # The device of the row, which need not be the current one.
+        on_cuda = self.device.type == "cuda"
+        self.arrival.record(torch.cuda.current_stream(self.device) if on_cuda else None)
 
     def received(self) -> tuple[list[float], float, list[float], list[float]]:
         """Norms, total, extras, weight norms; once it has arrived."""
@@ -134,7 +139,10 @@ class Deferred:
         self._carrier = carrier
         self._treat = treat
         self._ids: list[int] = []  # of the parameters that had a gradient at the last step
-        self._every: list[Tensor] = []  # the optimizer's parameters
+        # Held weakly: a parameter may own its optimizer, which must be free to go.
+        self._params: list[weakref.ref[Tensor]] = []
+        self._count = 0  # of the optimizer's parameters
+        self._states = 0  # of them that had a state at the last step
         self._suited = False  # whether these can be measured on one device
         self._free: list[_Slot] = []
         self._begun: _Slot | None = None
@@ -162,15 +170,17 @@ class Deferred:
         ids = list(map(id, params))
         if ids != self._ids:
             self._ids, self.warm = ids, False
-            self._every = [p for group in optimizer.param_groups for p in group["params"]]
-            self._suited = _suited([*grads, *self._every]) and bool(grads)
-        if not (self.warm and self._suited):
+            every = _every(optimizer)
+            self._params, self._count = list(map(weakref.ref, params)), len(every)
+            self._suited = _suited([*grads, *every]) and bool(grads)
+        states, self._states = self._states, len(optimizer.state)
+        if not self._suited or not self.warm or self._states < states:
             return False
         with torch.no_grad():
             slot = self._slot(grads)
-            slot.step, slot.params, slot.has_loss = step, params, loss is not None
+            slot.step, slot.params, slot.has_loss = step, self._params, loss is not None
             self._treat.note_changes(step, grads)
-            self._measure(slot, grads)
+            self._measure(optimizer, slot, grads)
             scale, found_inf = self._carrier.left_by_scaler(optimizer)
             slot.scaled = scale is not None
             unfit = self._unfit(slot, found_inf) if mode == "skip" else None
@@ -207,21 +217,20 @@ class Deferred:
 
     def forget(self) -> None:
         """Let go of all steps (in a forked child, which has no device)."""
-        self._begun = None
-        self._pending.clear()
-        self._free.clear()
+        _left_behind.extend([*self._pending, *self._free])
+        self._begun, self._pending, self._free = None, deque(), []
 
     # -- on the device -------------------------------------------------------------------------
 
     def _slot(self, grads: Sequence[Tensor]) -> _Slot:
-        sizes = len(grads), len(self._every), grads[0].device
+        sizes = len(grads), self._count, grads[0].device
         while self._free:
             slot = self._free.pop()
             if slot.fits(*sizes):
                 return slot
         return _Slot(*sizes)
 
-    def _measure(self, slot: _Slot, grads: list[Tensor]) -> None:
+    def _measure(self, optimizer: Optimizer, slot: _Slot, grads: list[Tensor]) -> None:
         """Norms in float64, in which no square of a float32 overflows or vanishes."""
         norm_type = self._part.policy.norm_type
         norms = torch._foreach_norm(grads, norm_type, dtype=torch.float64)
@@ -229,7 +238,7 @@ class Deferred:
         torch.linalg.vector_norm(slot.norms, norm_type, out=slot.total)
         slot.sampled, slot.with_weights = self._treat.notices.samples(slot.step.number)
         if slot.with_weights:
-            weights = torch._foreach_norm(self._every, 2.0, dtype=torch.float64)
+            weights = torch._foreach_norm(_every(optimizer), 2.0, dtype=torch.float64)
             torch.stack(weights, out=slot.weights)
 
     def _unfit(self, slot: _Slot, found_inf: Tensor | None) -> Tensor:
@@ -272,7 +281,7 @@ class Deferred:
             total / in_memory,
             self._part.policy.norm_type,
             [norm / in_memory for norm in norms],
-            slot.params,
+            [param for ref in slot.params if (param := ref()) is not None],
             (),
             in_memory,
         )
@@ -282,7 +291,11 @@ class Deferred:
             return
         noted = self._treat.complete(optimizer, step)
         if slot.sampled or noted:
-            self._treat.sample(step, weights if slot.with_weights else None)
+            self._treat.sample(optimizer, step, weights if slot.with_weights else None)
+
+
+def _every(optimizer: Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def on_a_device(optimizer: Optimizer) -> bool:

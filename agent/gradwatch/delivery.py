@@ -54,6 +54,8 @@ class Delivery:
     def _serve(self, channel: Channel) -> None:
         urgent, channel.urgent = channel.urgent, False
         store, metrics = channel.store, channel.metrics
+        if channel.control is not None:
+            channel.control.listen()
         store_is_due = urgent or self._clock.monotonic() >= store.retry_at
         if store_is_due:
             self._try(channel, store, self._open)
@@ -82,6 +84,8 @@ class Delivery:
                 return
             if isinstance(error, RunForgottenError):
                 outlet.start_over()
+                if channel.control is not None:
+                    channel.control.seen = 0  # a new store counts anew
             known = isinstance(error, SinkError)
             message = str(error) if known else f"the {outlet.name} failed ({error!r})"
             where = channel.ring.path or "memory"
@@ -134,7 +138,6 @@ class Delivery:
         control, sink = channel.control, outlet.sink
         if control is None or outlet.run is None:
             return False
-        control.listen()
         controllable = cast("Controllable", sink)  # wrap has checked that
         worked = bool(control.refused)
         while control.refused:

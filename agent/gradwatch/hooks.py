@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from gradwatch.deferred import Deferred, on_a_device
+from gradwatch.deferred import IN_FLIGHT, Deferred, on_a_device
 from gradwatch.errors import ConfigurationError
 from gradwatch.events import encode_event
 from gradwatch.fallback import clip_plainly
@@ -73,6 +74,7 @@ class StepHooks:
         self._report = report
         self._open: OpenStep | None = None
         self._nested = 0  # steps under way that are not to be looked at: super().step() inside one
+        self._untaught: deque[OpenStep] = deque()  # deferred steps that are on record
         self._may_defer = False  # the gradients are on a device; seen at the first step
 
     # -- the hooks -----------------------------------------------------------------------------
@@ -181,6 +183,7 @@ class StepHooks:
     def new_attempt(self, optimizer: Optimizer, tape: Tape | None = None) -> None:
         """The coming step begins a new attempt: on this tape, or one that it asks for."""
         self.settle(optimizer)
+        self._untaught.clear()
         self._open = None
         self._carrier.abandon(optimizer)
         self.tape = tape
@@ -252,6 +255,8 @@ class StepHooks:
             if treat.by_group and (new := treat.new_groups(optimizer)) is not None:
                 self._report("groups", f"a parameter group was added: clipped by {new.policy}")
             tape = self.tape or self._first(optimizer)
+            if self._may_defer:
+                self._teach(self.step - IN_FLIGHT)
             step = self._begin(optimizer, tape)
             if not (self._may_defer and self._defer(optimizer, step, by_hand=by_hand)):
                 self._treat_from_here(optimizer, step, by_hand=by_hand)
@@ -271,10 +276,13 @@ class StepHooks:
         if tape.control is None or (change := tape.control.due(number)) is None:
             return OpenStep(number, time, self._treat.threshold)
         self.settle(optimizer)  # what is to be learnt from it belongs to the policy before
-        event = self._treat.change(number, time, change)
-        step = OpenStep(number, time, self._treat.threshold)
-        step.messages = [encode_event(event)]
-        return step
+        self._teach(number)
+        try:
+            event = self._treat.change(number, time, change)
+            tape.ring.append_event(encode_event(event))  # whatever comes of this step
+        except Exception as error:  # noqa: BLE001 - the border with the training loop
+            tape.control.refuse(change, f"it failed ({error!r})")
+        return OpenStep(number, time, self._treat.threshold)
 
     def _defer(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> bool:
         """Leave the step to the device, where that can be done."""
@@ -283,6 +291,7 @@ class StepHooks:
             step.deferred = self._deferred.begin(optimizer, step, self.loss, scale)
         if not step.deferred:
             self.settle(optimizer)  # records keep their order
+            self._teach(step.number)
         return step.deferred
 
     def _treat_from_here(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> None:
@@ -335,6 +344,18 @@ class StepHooks:
     def _write(self, step: OpenStep) -> None:
         if self.tape is not None:
             self._log.write(self.tape, step)
+            # What is kept of it keeps no parameter alive.
+            step.measured = [m._replace(params=(), tensor_norms=()) for m in step.measured]
+            self._untaught.append(step)
+
+    def _teach(self, before: int) -> None:
+        """Let the policies learn from deferred steps before this number.
+
+        At a fixed distance, not as they arrive: all ranks, and a second run, learn alike.
+        """
+        while self._untaught and self._untaught[0].number < before:
+            step = self._untaught.popleft()
+            self._treat.learn(step, step.known_loss)
 
     # -- when something here fails -------------------------------------------------------------
 

@@ -31,8 +31,7 @@ class Notices:
     def __init__(self, names: ParameterNames, layer_norms_every: int | None) -> None:
         self.rank = 0
         self.alone = True  # no other rank has a part in these gradients
-        self.parameters: list[str] = []  # what the optimizer's parameters are called,
-        self.every_parameter: list[Tensor] = []  # and they themselves
+        self.parameters: list[str] = []  # what the optimizer's parameters are called
         self._groups = 0  # parameter groups that were there then
         self._names = names
         self._asked_for = layer_norms_every
@@ -134,22 +133,26 @@ class Notices:
         """The names of all parameters, in the optimizer's order."""
         if len(optimizer.param_groups) != self._groups:
             self._groups = len(optimizer.param_groups)
-            self.every_parameter = [p for group in optimizer.param_groups for p in group["params"]]
-            self.parameters = self._names.of(self.every_parameter, optimizer)
-            self._seldom = max(_SAMPLE_AT_LEAST, _SAMPLE_PER_TENSOR * len(self.parameters))
+            every = [p for group in optimizer.param_groups for p in group["params"]]
+            self.parameters = self._names.of(every, optimizer)
+            self._seldom = max(_SAMPLE_AT_LEAST, _SAMPLE_PER_TENSOR * len(every))
             self.every = self._seldom if self._asked_for is None else self._asked_for
         return self.parameters
 
     def layers(
-        self, step: int, measured: Sequence[Measurement], weights: Sequence[float] | None
+        self,
+        step: int,
+        measured: Sequence[Measurement],
+        every: Sequence[Tensor],
+        weights: Sequence[float] | None,
     ) -> bytes:
-        """A sample of every parameter's gradient norm, and of the weights' norms where known."""
+        """A sample of the gradient norm of `every` parameter, and of the weights' where known."""
         norms = measured[0].tensor_norms
-        if len(norms) != len(self.every_parameter):  # in several parts, or some have no gradient
+        if len(norms) != len(every):  # in several parts, or some have no gradient
             found = {
                 id(param): norm
                 for part in measured
                 for param, norm in zip(part.params, part.tensor_norms, strict=True)
             }
-            norms = [found.get(id(param), math.nan) for param in self.every_parameter]
+            norms = [found.get(id(param), math.nan) for param in every]
         return events.encode_layers(step, norms, weights)

@@ -30,6 +30,12 @@ def sparse_refusal(policy: Policy[Any], where: str) -> str:
     )
 
 
+def _kinds(policy: Policy[Any]) -> list[type]:
+    """The policy's class, and that of the policy inside it."""
+    inner = getattr(policy, "policy", None)
+    return [type(policy), *(_kinds(inner) if inner is not None else [])]
+
+
 class Part:
     """A policy with its state, over all groups of an optimizer or over one of them."""
 
@@ -57,9 +63,9 @@ class Part:
 
     def take(self, policy: Policy[Any]) -> None:
         """Clip by this policy from now on. What one of its kind has learnt, it goes on with."""
-        same = type(policy) is type(self.policy)
-        self.state = policy.load(self.policy.dump(self.state)) if same else policy.init()
-        self.policy = policy
+        same = _kinds(policy) == _kinds(self.policy)
+        state = policy.load(self.policy.dump(self.state)) if same else policy.init()
+        self.policy, self.state = policy, state
 
     def gradients(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
         """The parameters that have a gradient, and their gradients."""

@@ -6,7 +6,6 @@ which one rank alone is wrapped must not wait for the others.
 
 from __future__ import annotations
 
-import contextlib
 from datetime import timedelta
 from typing import Any
 
@@ -47,10 +46,13 @@ class Peers:
 
     # Rank 0, which keeps the store, may be gone: then nothing is heard any more.
 
-    def put(self, key: str, value: str) -> None:
-        """Tell all ranks."""
-        with contextlib.suppress(RuntimeError):
+    def put(self, key: str, value: str) -> bool:
+        """Tell all ranks; whether that could be done."""
+        try:
             self._store.set(f"{self._key}/{key}", value)
+        except RuntimeError:
+            return False
+        return True
 
     def look(self, key: str) -> str | None:
         """What a rank has put there; None as long as there is nothing. Does not wait."""
@@ -68,13 +70,6 @@ class Peers:
             return self._get(key)
         except RuntimeError:
             return None
-
-    def count(self, key: str, add: int = 0) -> int:
-        """Add to a number that all ranks share; returns it, 0 where the store is gone."""
-        try:
-            return int(self._store.add(f"{self._key}/{key}", add))
-        except RuntimeError:
-            return 0
 
     def _get(self, key: str) -> str:
         return str(self._store.get(f"{self._key}/{key}").decode())

@@ -66,7 +66,10 @@ class StepLog:
         )
         tape.ring.append(*record)
         step.recorded = True
-        self._treat.learn(step, known)
+        if step.deferred:
+            step.known_loss = known
+        else:
+            self._treat.learn(step, known)
         for message in step.messages:
             try:
                 tape.ring.append_event(message)

@@ -41,6 +41,7 @@ class OpenStep:
     flags = 0
     messages: Sequence[bytes] = ()
     loss: Tensor | float | None = None
+    known_loss: float | None = None  # of a deferred step, once it is here
     lr: Any = _nan
     ended = _nan  # by the monotonic clock
     deferred = False  # it was decided on the device
@@ -169,16 +170,24 @@ class Treatment:
         return event is not None
 
     def _sample(self, optimizer: Optimizer, step: OpenStep, *, always_weights: bool) -> None:
-        self.notices.named(optimizer)
         _, weights = self.notices.samples(step.number)
         held = None
         if weights or always_weights:
-            held = tensor_norms([p.detach() for p in self.notices.every_parameter])
-        self.sample(step, held)
+            params = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+            held = tensor_norms(params)
+        self.sample(optimizer, step, held)
 
-    def sample(self, step: OpenStep, weights: Sequence[float] | None) -> None:
-        """Put the layer norms on record."""
-        layers = self.notices.layers(step.number, step.measured, weights)
+    def sample(
+        self, optimizer: Optimizer | None, step: OpenStep, weights: Sequence[float] | None
+    ) -> None:
+        """Put the layer norms on record; of an optimizer that is gone, nothing."""
+        if optimizer is None:
+            return
+        self.notices.named(optimizer)
+        every = [p for group in optimizer.param_groups for p in group["params"]]
+        if weights is not None and len(weights) != len(every):  # a group came in between
+            weights = None
+        layers = self.notices.layers(step.number, step.measured, every, weights)
         step.messages = [*step.messages, layers]
 
     def _clip(self, optimizer: Optimizer, step: OpenStep, part: Part, *, by_hand: bool) -> None:

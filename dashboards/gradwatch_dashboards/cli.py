@@ -204,9 +204,7 @@ def apply(
                 msg = f"{found.name}: {result.verdict.replace('_', ' ')}; there is nothing to apply"
                 raise GradwatchError(msg)
             reason = reason or f"recommended: {result.verdict}"
-        change = opened.apply(
-            found.id, threshold, policy=policy, by=getpass.getuser(), reason=reason
-        )
+        change = opened.apply(found.id, threshold, policy=policy, by=_user(), reason=reason)
         deadline = time.monotonic() + wait
         while change.applied_at is None and change.refused is None and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -377,6 +375,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"uid {os.getuid()}"
 
 
 def _when(seconds: float) -> str:

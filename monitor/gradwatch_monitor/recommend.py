@@ -374,7 +374,7 @@ def _middle(norms: np.ndarray[Any, Any], target: float) -> float:
 
 
 def _norm_type(policies: Sequence[Mapping[str, Any]]) -> float:
-    """The type of the norms on record; JSON has no inf, so that is null there."""
+    """The type of the norms on record; JSON has no inf, so that is a word there, or null."""
     norm_type = policies[0].get("norm_type", 2.0) if policies else 2.0
     return math.inf if norm_type is None else float(norm_type)
 

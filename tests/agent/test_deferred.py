@@ -5,7 +5,9 @@ device itself.
 """
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -36,7 +38,7 @@ class Queue:
         queue = self
 
         class Arrival:
-            def record(self):
+            def record(self, _stream):
                 queue.sent += 1
                 self.number = queue.sent
                 if queue.at_once:
@@ -285,6 +287,79 @@ def test_a_policy_learns_in_order_as_the_numbers_come(queue):
             state = policy.update(state, records[0].pre_norm)
         assert record.threshold == policy.threshold(state)
     assert sum(r.clipped for r in records) > 10
+
+
+def test_learning_does_not_depend_on_when_the_numbers_come(queue):
+    """A quick device, a slow one, and a checkpoint in between: the same thresholds."""
+    seen = []
+    for at_once, saves in ((True, False), (False, False), (False, True)):
+        queue.at_once = at_once
+        model = mlp()
+        optimizer = OPTIMIZERS["sgd"](model.parameters())
+        agent, sink = watch(optimizer, model, clip=TargetRatio())
+        for step in range(60):
+            set_gradients(step, model)
+            optimizer.step()
+            if saves and step % 7 == 0:
+                agent.state_dict()
+        assert agent.flush()
+        seen.append([r.threshold for r in sink.steps])
+    assert len(set(seen[0])) > 10
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_group_that_is_added(queue):
+    """Its norms are in the samples from then on."""
+    model, more = mlp(), mlp(1)
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    agent, sink = watch(optimizer, model)
+    for step in range(205):
+        if step == 50:
+            optimizer.add_param_group({"params": list(more.parameters())})
+        set_gradients(step, *([model] if step < 50 else [model, more]))
+        optimizer.step()
+    assert agent.flush()
+    assert [len(s.grad_norms) for s in sink.layers if s.step < 50]
+    assert {len(s.grad_norms) for s in sink.layers if s.step < 50} == {6}
+    # With so many tensors every 120th step is sampled.
+    assert {s.step for s in sink.layers} >= {0, 120}
+    assert {len(s.grad_norms) for s in sink.layers if s.step >= 50} == {12}
+
+
+def test_a_state_that_was_thrown_away_is_made_before_a_step_is_left_out(queue):
+    """Momentum is not begun by a step that the kernel skips."""
+    model = mlp()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    agent, _ = watch(optimizer, model)
+    for step in range(6):
+        set_gradients(step, model)
+        if step == 4:
+            optimizer.state.clear()
+            model[0].weight.grad[0, 0] = math.nan
+        optimizer.step()
+    assert agent.flush()
+    buffers = [state["momentum_buffer"] for state in optimizer.state.values()]
+    expected = [p.grad for p in model.parameters()]
+    for buffer, grad in zip(buffers, expected, strict=True):
+        assert buffer.isfinite().all()
+        assert buffer.norm() <= grad.norm() + 1e-6
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_parameters_are_free_to_go(queue, at_once):
+    """Neither a closed agent, nor the worker, nor the exporter keeps a model alive."""
+    queue.at_once = at_once
+    model = mlp()
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    agent = gradwatch.Agent(optimizer, model=model, store="gradwatch.db")
+    for step in range(5):
+        set_gradients(step, model)
+        optimizer.step()
+    agent.close()
+    weight = weakref.ref(model[0].weight)
+    del model, optimizer
+    gc.collect()
+    assert weight() is None
 
 
 def test_observing_changes_nothing(queue):

@@ -9,8 +9,11 @@ import torch
 from loops import mlp, parameters_equal, set_gradients, twins
 
 import gradwatch
-from gradwatch import ClipNorm, TargetRatio
+from gradwatch import ClipNorm, TargetRatio, control
+from gradwatch.control import FollowingControl, LeadingControl
 from gradwatch.errors import ConfigurationError
+from gradwatch.part import Part
+from gradwatch.records import ThresholdChange
 from gradwatch.testing import MemorySink
 from gradwatch_monitor import Store
 
@@ -204,3 +207,127 @@ def test_the_change_outlives_a_checkpoint():
     for mine, theirs in zip(one.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-7)
     assert not parameters_equal(one, twins(3)[0])
+
+
+def test_a_change_stands_whatever_becomes_of_its_step():
+    """The step at which it was taken fails and is taken again: confirmed all the same."""
+    agent, model = watched()
+    begin(agent, model)
+    failing = [True]
+
+    def fail(*_):
+        if failing and agent.threshold == 0.05:
+            failing.clear()
+            raise RuntimeError("a hook of the user's failed")
+
+    agent.kept.register_step_pre_hook(fail)
+    with Store() as store:
+        store.apply(1, 0.05, by="ada")
+        for number in range(1, DEADLINE):
+            try:
+                step(agent, model, number)
+            except RuntimeError:
+                break
+            threading.Event().wait(0.01)
+        assert not failing
+        step(agent, model, DEADLINE)
+        assert agent.flush()
+        (change,) = store.changes(1)
+        assert change.applied_step is not None
+        assert len(store.events(1, kind="threshold_changed")) == 1
+
+
+def test_another_policy_inside_skip_spikes():
+    """The policy inside is replaced, and steps go on being recorded."""
+    agent, model = watched(clip=gradwatch.SkipSpikes(ClipNorm(1.0)))
+    begin(agent, model)
+    part = agent._hooks.parts[0]
+    with Store() as store:
+        store.apply(1, policy=TargetRatio(cap=2.0), by="ada")
+        stop = until(agent, model, lambda: part.policy.policy == TargetRatio(cap=2.0))
+        for number in range(stop, stop + 5):
+            step(agent, model, number)
+        assert agent.flush()
+        assert store.changes(1)[0].applied_step is not None
+        assert store.steps(1)["step"].tolist() == list(range(stop + 5))
+
+
+def test_a_policy_in_the_greatest_element(tmp_path):
+    """norm_type=inf survives JSON: what is recommended there can be applied."""
+    policy = ClipNorm(1.0, norm_type=float("inf"))
+    agent, model = watched(clip=policy)
+    begin(agent, model)
+    with Store() as store:
+        store.apply(1, policy=ClipNorm(0.2, norm_type=float("inf")), by="ada")
+        until(agent, model, lambda: agent.threshold == 0.2)
+
+
+def test_a_lower_cap_is_in_force_at_once():
+    """At the very step that takes it."""
+    state = TargetRatio(cap=50.0, initial=50.0).init()
+    capped = TargetRatio(cap=0.5)
+    assert capped.load(TargetRatio(cap=50.0).dump(state)).threshold == 0.5
+
+
+class Board:
+    """The key-value store of ranks that are threads."""
+
+    def __init__(self):
+        self.values, self.news = {}, threading.Condition()
+
+    def put(self, key, value):
+        with self.news:
+            self.values[key] = value
+            self.news.notify_all()
+        return True
+
+    def look(self, key):
+        return self.values.get(key)
+
+    def wait(self, key, seconds):
+        with self.news:
+            self.news.wait_for(lambda: key in self.values, min(seconds, 20))
+            return self.values.get(key)
+
+
+@pytest.mark.parametrize("ahead", [-3, 0, 3])
+def test_ranks_that_are_ahead_or_behind_take_a_change_at_one_step(ahead):
+    """Rank 0 waits for the step that the others are at, and they for its word."""
+    parts, board = [Part(ClipNorm(1.0))], Board()
+    leader, follower = LeadingControl(parts, board, 2), FollowingControl(parts, board, 1)
+    taken = {}
+
+    def run(name, control, steps):
+        for number in steps:
+            control.listen()
+            if control.due(number) is not None:
+                taken[name] = number
+
+    leader.offer(ThresholdChange(1, 0.5, None, "ada"))
+    assert leader.due(10) is None  # nobody is ready yet
+    other = threading.Thread(target=run, args=("rank 1", follower, range(10 + ahead, 40)))
+    other.start()
+    while "change/0/ready/1" not in board.values:
+        threading.Event().wait(0.001)
+    run("rank 0", leader, range(11, 40))
+    other.join(30)
+    assert taken["rank 0"] == taken["rank 1"]
+
+
+def test_a_change_that_was_dropped_holds_nobody_up(monkeypatch):
+    """A rank that hears of it late goes on at once, and takes the next one."""
+    monkeypatch.setattr(control, "ANSWER_SECONDS", -1.0)
+    parts, board = [Part(ClipNorm(1.0))], Board()
+    leader, follower = LeadingControl(parts, board, 2), FollowingControl(parts, board, 1)
+    leader.offer(ThresholdChange(1, 0.5, None, "ada"))
+    assert leader.due(0) is None
+    assert leader.refused
+    follower.listen()
+    assert follower.due(1) is None
+    monkeypatch.setattr(control, "ANSWER_SECONDS", 20.0)
+    leader.offer(ThresholdChange(2, 0.25, None, "ada"))
+    assert leader.due(2) is None
+    follower.listen()
+    follower._ready = follower._peers.put("change/1/ready/1", "3")
+    assert leader.due(3).threshold == 0.25
+    assert follower.due(3).threshold == 0.25

@@ -91,8 +91,8 @@ class Policy(ABC, Generic[S]):
             # An argument that is a policy must not stand in the place of this one's name.
             if isinstance(value, Policy):
                 described["inner"] = value.describe()
-            else:
-                described[name] = value
+            else:  # JSON has no inf; the arguments take the word
+                described[name] = "inf" if value == math.inf else value
         return {"policy": type(self).__name__, **described}
 
 

@@ -117,6 +117,5 @@ class TargetRatio(Policy[TargetRatioState]):
 
     def load(self, dumped: Mapping[str, Any]) -> TargetRatioState:
         """The state from what `dump` wrote."""
-        return TargetRatioState(
-            float(dumped["threshold"]), float(dumped["offset"]), tuple(dumped["norms"])
-        )
+        threshold = min(float(dumped["threshold"]), self.cap or math.inf)
+        return TargetRatioState(threshold, float(dumped["offset"]), tuple(dumped["norms"]))
