@@ -235,7 +235,7 @@ def main():
     parser.add_argument("--seeds", type=int, help="instead of 5 of the RNN, 3 of the others")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    console = Console(width=160, highlight=False)
+    console = Console(width=220, highlight=False)
     table = Table(title="share of 200-step windows in the band of 10–30 %", box=box.MARKDOWN)
     headings = ("job", "policy", "seeds", "windows in the band", "worst seed", "solved", "ended at")
     for heading in (*headings, "s"):

@@ -200,7 +200,6 @@ def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict
         "policies": [policy.describe() for policy in policies],
         "on_nonfinite": hooks.on_nonfinite,
         "fold": settings.fold,
-        "remote_control": settings.remote_control,
         "groups": len(optimizer.param_groups),
         "tensors": len(params),
         "parameters": sum(p.numel() for p in params),

@@ -8,6 +8,7 @@ whether the step is to be applied. The numbers come through pinned memory while 
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
@@ -145,6 +146,7 @@ class Deferred:
         self._states = 0  # of them that had a state at the last step
         self._suited = False  # whether these can be measured on one device
         self._free: list[_Slot] = []
+        self._settling = threading.RLock()  # `agent.flush()` may be called from any thread
         self._begun: _Slot | None = None
         self._pending: deque[_Slot] = deque()
         self.warm = False  # a step with these parameters was applied: the optimizer has its state
@@ -208,17 +210,21 @@ class Deferred:
     ) -> None:
         """Hand on the steps that have arrived, in their order; wait where too many have not."""
         pending = self._pending
-        while pending and (all_of_them or len(pending) > IN_FLIGHT or pending[0].arrival.query()):
-            slot = pending.popleft()
-            slot.arrival.synchronize()
-            self._free.append(slot)
-            self._complete(slot, optimizer)
-            write(slot.step)
+        with self._settling:
+            while pending and (
+                all_of_them or len(pending) > IN_FLIGHT or pending[0].arrival.query()
+            ):
+                slot = pending.popleft()
+                slot.arrival.synchronize()
+                self._free.append(slot)
+                self._complete(slot, optimizer)
+                write(slot.step)
 
     def forget(self) -> None:
         """Let go of all steps (in a forked child, which has no device)."""
         _left_behind.extend([*self._pending, *self._free])
         self._begun, self._pending, self._free = None, deque(), []
+        self._settling = threading.RLock()
 
     # -- on the device -------------------------------------------------------------------------
 

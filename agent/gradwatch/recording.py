@@ -139,14 +139,16 @@ class Recording:
             durable=self._sink is None,
             report=self.pipeline.troubles.report,
         )
-        run = dataclasses.replace(
-            run, settings={**run.settings, "ring": str(ring.path) if ring.path else None}
-        )
-        if peers is not None and rank == 0:
-            peers.lead(run.ring)
         control = None
         if self.settings.remote_control:
             control = control_of(hooks.parts, peers, rank, world_size)
+        known = {
+            "ring": str(ring.path) if ring.path else None,
+            "remote_control": control is not None,
+        }
+        run = dataclasses.replace(run, settings={**run.settings, **known})
+        if peers is not None and rank == 0:
+            peers.lead(run.ring)
         self.channel = channel.Channel(
             run,
             ring,

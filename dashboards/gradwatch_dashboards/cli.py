@@ -220,9 +220,7 @@ def apply(
     elif change.refused is not None:
         err.print(f"gradwatch: {escape(found.name)} did not take it: {escape(change.refused)}")
     else:
-        err.print(
-            f"gradwatch: {escape(found.name)} has not taken it yet; `gradwatch show` will tell"
-        )
+        err.print(f"gradwatch: {escape(found.name)} has not taken it yet; it stays asked for")
     if change.applied_step is None:
         raise typer.Exit(NOT_FOUND)
 
