@@ -161,7 +161,7 @@ class RunInfo:
 
     `uid_source` says whether `uid` came from a checkpoint ("state"), from the user ("setting"),
     from the launcher ("launcher") or is new ("fresh"). `leader` is the ring of rank 0 on the other
-    ranks, whose runs it is.
+    ranks, whose runs it is. `recovered`: its process is gone, another one stores its ring.
     """
 
     uid: str
@@ -179,6 +179,7 @@ class RunInfo:
     tags: Mapping[str, Any]
     settings: Mapping[str, Any]
     leader: str | None = None
+    recovered: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

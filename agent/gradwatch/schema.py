@@ -51,7 +51,7 @@ __all__ = [
     "threshold_changes",
 ]
 
-REVISION = "0001"
+REVISION = "0002"
 VERSION_TABLE = "gradwatch_revision"
 
 # SQLite only counts up by itself on a column declared INTEGER.
@@ -89,8 +89,11 @@ attempts = Table(
     "attempts",
     metadata,
     Column("run_id", ForeignKey("runs.id"), primary_key=True),
-    Column("attempt", Integer, primary_key=True),  # from 1
+    Column("attempt", Integer, primary_key=True),  # from 1, in the order they came to the store
     Column("start_step", BigInteger, nullable=False),
+    Column("started_at", Double, nullable=False),
+    # The order in which they took place; one that is recovered late stands between others.
+    Column("position", Double, nullable=False),
     sqlite_with_rowid=False,
 )
 
@@ -218,7 +221,7 @@ SELECT {_COLUMNS}
 FROM attempts a CROSS JOIN step_records r
 WHERE r.run_id = a.run_id AND r.attempt = a.attempt
   AND r.step < COALESCE(
-    (SELECT MIN(b.start_step) FROM attempts b WHERE b.run_id = a.run_id AND b.attempt > a.attempt),
+    (SELECT MIN(b.start_step) FROM attempts b WHERE b.run_id = a.run_id AND b.position > a.position),
     9223372036854775807)"""  # noqa: S608 - names of our own
 
 

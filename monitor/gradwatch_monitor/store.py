@@ -215,12 +215,14 @@ class Store:
     ) -> list[Event]:
         """Events of the visible timeline, the latest first."""
         e, a = schema.events.c, schema.attempts
-        later = a.alias()
+        own, later = a.alias(), a.alias()
         hidden = (
             sa.select(later.c.attempt)
+            .join(own, own.c.run_id == later.c.run_id)
             .where(
-                later.c.run_id == e.run_id,
-                later.c.attempt > e.attempt,
+                own.c.run_id == e.run_id,
+                own.c.attempt == e.attempt,
+                later.c.position > own.c.position,
                 later.c.start_step <= e.step,
             )
             .exists()

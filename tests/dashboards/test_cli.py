@@ -152,7 +152,7 @@ def test_doctor_says_that_a_store_is_not_there_yet(run):
 def test_migrate(run):
     """An empty database becomes a store; a second time there is nothing to do."""
     sqlite3.connect("gradwatch.db").close()
-    assert json.loads(run("store", "migrate", "--json")[1]) == {"before": None, "after": "0001"}
+    assert json.loads(run("store", "migrate", "--json")[1]) == {"before": None, "after": "0002"}
     assert "already" in run("store", "migrate")[1]
 
 

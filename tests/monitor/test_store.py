@@ -86,7 +86,7 @@ def test_events_leave_out_what_a_later_attempt_hides():
     """Events belong to the timeline as steps do."""
     agent = write_run(steps=20, nan_at=(5, 15), close=False)
     with sqlite3.connect("gradwatch.db") as connection:
-        connection.execute("INSERT INTO attempts VALUES (1, 2, 10)")
+        connection.execute("INSERT INTO attempts VALUES (1, 2, 10, 0, 2)")
     with Store("gradwatch.db") as store:
         assert [e.step for e in store.events(1, kind="nonfinite_gradient")] == [5]
         assert store.last_step(1) == 9
@@ -179,6 +179,37 @@ def test_migrations_make_what_the_agent_makes(tmp_path):
     write_run("alembics.db", steps=5)
     with Store("alembics.db") as store:
         assert len(store.steps(1)) == 5
+
+
+def test_a_store_of_the_first_revision_is_migrated_with_all_it_holds():
+    """Two attempts stored under 0001 show the same timeline after."""
+    from alembic import command
+
+    sqlite3.connect("old.db").close()
+    engine = sa.create_engine("sqlite:///old.db")
+    with engine.begin() as connection:
+        command.upgrade(configuration(connection), "0001")
+        for statement in (
+            (
+                "INSERT INTO runs VALUES (1, 'u', 'n', 'j', 5.0, NULL, 5.0, 'running', 'h', 1, 1, "
+                "'{}', '{}', NULL)"
+            ),
+            "INSERT INTO attempts VALUES (1, 1, 0), (1, 2, 3)",
+            *(
+                "INSERT INTO step_records (run_id, attempt, step, time, clipped, nonfinite, "
+                f"nonfinite_loss, skipped) VALUES (1, {a}, {step}, 0.5, 0, 0, 0, 0)"
+                for a, step in [(1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 3)]
+            ),
+        ):
+            connection.exec_driver_sql(statement)
+    engine.dispose()
+    with pytest.raises(errors.StoreRevisionError, match="store migrate"):
+        Store("old.db")
+    assert migrate("old.db") == ("0001", schema.REVISION)
+    assert query("SELECT attempt, step FROM steps ORDER BY step", "old.db") == [
+        (1, 0), (1, 1), (1, 2), (2, 3),
+    ]  # fmt: skip
+    assert query("SELECT started_at, position FROM attempts", "old.db") == [(5.0, 1.0), (5.0, 2.0)]
 
 
 def test_the_newest_migration_is_the_agents_revision():

@@ -61,7 +61,11 @@ def register(connection: sa.Connection, run: RunInfo, now: float) -> Registratio
         resumed = _resumed(run, stored, now)
     connection.execute(
         sa.insert(attempts).values(
-            run_id=stored.run_id, attempt=stored.attempt, start_step=run.start_step
+            run_id=stored.run_id,
+            attempt=stored.attempt,
+            start_step=run.start_step,
+            started_at=run.started_at,
+            position=_position(connection, run, stored),
         )
     )
     _insert_ring(connection, run, stored)
@@ -122,6 +126,19 @@ def _go_on(connection: sa.Connection, run: RunInfo, run_id: int, now: float) -> 
         sa.select(sa.func.max(attempts.c.attempt)).where(attempts.c.run_id == run_id)
     ).scalar()
     return Stored(run_id, (last or 0) + 1)
+
+
+def _position(connection: sa.Connection, run: RunInfo, stored: Stored) -> float:
+    """After all others; of a recovered attempt: by when it began, which may be before others."""
+    others = sa.select(attempts.c.position).where(attempts.c.run_id == stored.run_id)
+    before = others
+    if run.recovered:
+        before = others.where(attempts.c.started_at <= run.started_at)
+    last = connection.execute(before.order_by(attempts.c.position.desc()).limit(1)).scalar()
+    low = 0.0 if last is None else float(last)
+    after = others.where(attempts.c.position > low).order_by(attempts.c.position).limit(1)
+    high = connection.execute(after).scalar()
+    return low + 1 if high is None else (low + float(high)) / 2
 
 
 def _resumed(run: RunInfo, stored: Stored, now: float) -> Event:
