@@ -11,10 +11,9 @@ from gradwatch.sinks import NotYetError
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gradwatch.control import Control
-    from gradwatch.notices import Notices
     from gradwatch.peers import Peers
     from gradwatch.recorder import Ring
     from gradwatch.records import Finding, RunInfo, RunStatus
@@ -32,6 +31,7 @@ class Outlet:
         self.run: RunInfo | None = None  # as the sink knows it, once opened
         self.steps = 0
         self.events = 0
+        self.stored = 0  # step records handed over; never reset
         self.failures = 0  # in a row
         self.retry_at = 0.0
         self.beat_at = 0.0
@@ -64,13 +64,13 @@ class Channel:
         store: Sink,
         metrics: Sink,
         *,
-        notices: Notices,
+        parameters: Callable[[], Sequence[str]],
         peers: Peers | None = None,
         control: Control | None = None,
         settle: Callable[[], None] = lambda: None,
     ) -> None:
         self.run = run
-        self.notices = notices
+        self.parameters = parameters  # what the optimizer's parameters are called by now
         self.ring = ring
         self._peers = peers
         self.control = control
@@ -91,6 +91,8 @@ class Channel:
     def end(self, status: RunStatus | None, deadline: float) -> None:
         """Ask the worker to store what is left, until the deadline, and to end the run."""
         self.status = status
+        if status is not None:
+            self.ring.note_end(status)
         self.deadline = deadline
         self.urgent = self.closing = True
 
@@ -102,6 +104,7 @@ class Channel:
         if leader is None:
             msg = f"rank 0 has not begun the run that rank {self.run.rank} belongs to"
             raise NotYetError(msg)
+        self.ring.note_leader(leader)
         self.run = dataclasses.replace(self.run, leader=leader)
 
     def lose(self, reason: str, count: int = 1) -> None:

@@ -120,6 +120,7 @@ class Delivery:
                 continue
             worked = True
             outlet.steps, outlet.events = batch.last
+            outlet.stored += len(batch.steps)
             outlet.beat_at = self._clock.monotonic() + self.heartbeat
             if is_store:
                 del channel.findings[: len(batch.findings)]
@@ -127,7 +128,9 @@ class Delivery:
                     channel.lose(reason, count)
             else:
                 self._inspect(channel, batch)
-        if self._clock.monotonic() >= outlet.beat_at:
+            if channel.run.recovered:
+                return True  # batch by batch: the process's own runs come first
+        if self._clock.monotonic() >= outlet.beat_at and not channel.run.recovered:
             outlet.sink.heartbeat(outlet.run)
             outlet.beat_at = self._clock.monotonic() + self.heartbeat
             worked = True
@@ -159,7 +162,7 @@ class Delivery:
         unreadable = 0
         # The exporter has no use for them, and reading them twice would cost as much again.
         for payload in messages.payloads if outlet is channel.store else ():
-            item = decode(payload, channel.notices.parameters)
+            item = decode(payload, channel.parameters())
             if isinstance(item, LayerNorms):
                 layers.append(item)
             elif item is not None:
@@ -217,6 +220,6 @@ class Delivery:
             self._try(channel, channel.metrics, lambda _, outlet: outlet.end(channel.status))
         channel.complete = complete
         channel.ring.close(remove=complete)
-        if not complete:
+        if not complete and not channel.run.recovered:
             channel.tell_incomplete()
         channel.closed.set()

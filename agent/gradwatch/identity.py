@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["Launcher", "UidSource", "default_name", "host", "launcher", "rank_and_world", "run_uid"]
+__all__ = [
+    "Launcher",
+    "UidSource",
+    "default_name",
+    "host",
+    "is_alive",
+    "launcher",
+    "rank_and_world",
+    "run_uid",
+]
 
 UidSource = Literal["state", "setting", "launcher", "fresh"]
 
@@ -77,3 +86,14 @@ def rank_and_world(environ: Mapping[str, str]) -> tuple[int, int]:
         return int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
     except ValueError:
         return 0, 1
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine with that id runs."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # it is there, and somebody else's
+    return True

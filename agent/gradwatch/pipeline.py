@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from gradwatch import identity
 from gradwatch.clock import Clock, SystemClock
 from gradwatch.delivery import Delivery
+from gradwatch.recovery import Patrol
 from gradwatch.sinks.database import DatabaseSink
 from gradwatch.sinks.prometheus import Exporter, PrometheusSink
 from gradwatch.troubles import Troubles
@@ -40,6 +41,7 @@ class Pipeline:
         self.metrics = PrometheusSink(self.clock.time)
         self.job = identity.launcher(os.environ)
         self._delivery = Delivery(self.clock, self.troubles)
+        self._patrol = Patrol(self.clock)
         self._exporter: Exporter | None = None
         self._runs = itertools.count(1)
         self._stores: dict[str, DatabaseSink] = {}
@@ -98,6 +100,8 @@ class Pipeline:
             self._delivery.heartbeat = min(self._delivery.heartbeat, settings.heartbeat_interval)
             self._delivery.retry = self._interval
             self._channels.append(channel)
+            if channel.store.sink in self._stores.values():
+                self._patrol.add(settings, channel.store.sink)
             if channel.metrics.sink is self.metrics:
                 self.metrics.watch(channel.run.ring, channel)
             if self._thread is None:
@@ -143,6 +147,7 @@ class Pipeline:
             self._wake.wait(self._interval)
             self._wake.clear()
             with self._lock:
+                self._look_for_the_dead()
                 channels = list(self._channels)
             for channel in channels:
                 with self._delivering:
@@ -155,6 +160,13 @@ class Pipeline:
                 self._progress.notify_all()
             if self._stopping and not self._channels:
                 return
+
+    def _look_for_the_dead(self) -> None:
+        """Serve what they left too, after the process's own; not once it ends itself."""
+        if self._stopping:
+            self._channels = [c for c in self._channels if not c.run.recovered]
+        elif (channel := self._patrol.next()) is not None:
+            self._channels.append(channel)
 
     # -- the end of the process, and a forked child --------------------------------------------
 

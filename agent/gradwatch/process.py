@@ -31,6 +31,7 @@ class _Process:
             # The interpreter is going down: nobody is left to tell.
             with contextlib.suppress(Exception):
                 self.pipeline.shutdown(_exit_status(), exiting=True)
+            _stay_interrupted()
 
     def before_fork(self) -> None:
         if self.pipeline is not None:
@@ -73,3 +74,15 @@ def _exit_status() -> RunStatus:
     """Failed where an uncaught exception ends the program; a prompt's last error does not."""
     error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
     return "failed" if error is not None and not hasattr(sys, "ps1") else "finished"
+
+
+def _stay_interrupted() -> None:
+    """Let a program that Ctrl-C ended still die of SIGINT, as its parent expects.
+
+    The interpreter forgets that it was interrupted whenever a text is executed as a program, and
+    libraries (named tuples, SQLAlchemy) do so while the last records are stored. It learns it in
+    the same way: `run_eval_code_obj` in CPython's pythonrun.c.
+    """
+    if isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) and not hasattr(sys, "ps1"):
+        with contextlib.suppress(KeyboardInterrupt):
+            exec("raise KeyboardInterrupt")  # noqa: S102 - a constant

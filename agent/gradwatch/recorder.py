@@ -7,10 +7,12 @@ Layout (little-endian; version 1), every part starting on a 4,096-byte page:
 
     header   magic "GRADWTCH", version u32, step size u32, step capacity u64, event slot size u32,
              (pad) u32, event capacity u64, metadata size u64; at byte 64 the step head u64,
-             at byte 128 the event head u64
+             at byte 128 the event head u64; at byte 192 how the run ended u64 (an index into
+             `ENDINGS`; 0: it has not said); at byte 256, on ranks other than 0, the name of rank
+             0's ring, 64 bytes of ASCII, zeros after it
     metadata JSON: who the run is (see `records.RunInfo`)
     steps    capacity × 96 bytes, `STEP_DTYPE`
-    events   capacity × 512 bytes, `EVENT_SLOT`: a message is cut over consecutive slots
+    events   capacity × 512 bytes, `EVENT_DTYPE`: a message is cut over consecutive slots
 
 A record carries its sequence number (from 1) in its first and its last eight bytes, and the head
 moves only after it is written: a torn record shows by numbers that differ. The magic is written
@@ -20,7 +22,7 @@ record is overwritten; readers count what they missed.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import fcntl
 import json
 import mmap
@@ -36,7 +38,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-__all__ = ["EVENT_SLOT", "FLAGS", "STEP_DTYPE", "Messages", "NullRing", "Ring", "Steps"]
+    from gradwatch.records import RunStatus
+
+__all__ = [
+    "EVENT_DTYPE",
+    "FLAGS",
+    "STEP_DTYPE",
+    "Messages",
+    "NullRing",
+    "Ring",
+    "Steps",
+    "header_problem",
+    "held",
+    "lock",
+    "planned_size",
+    "release",
+]
 
 MAGIC = b"GRADWTCH"
 VERSION = 1
@@ -44,6 +61,10 @@ _PAGE = 4096
 _HEADER = struct.Struct("<8sIIQIIQQ")
 _STEP_HEAD_AT = 64
 _EVENT_HEAD_AT = 128
+_ENDING_AT = 192
+_LEADER_AT = 256
+_LEADER_BYTES = 64
+ENDINGS: tuple[RunStatus | None, ...] = (None, "finished", "failed")
 
 
 class FLAGS:
@@ -77,8 +98,22 @@ STEP_DTYPE = np.dtype(
 )
 _EVENT_BYTES = 512
 _EVENT_PAYLOAD = _EVENT_BYTES - 8 - 4 - 4 - 4 - 4 - 8
-EVENT_SLOT = struct.Struct(f"<QIIII{_EVENT_PAYLOAD}sQ")  # seq, part, parts, length, (pad), …, seq
-if _STEP.size != STEP_DTYPE.itemsize or EVENT_SLOT.size != _EVENT_BYTES:  # pragma: no cover
+_EVENT_SLOT = struct.Struct(f"<QIIII{_EVENT_PAYLOAD}sQ")
+EVENT_DTYPE = np.dtype(
+    [
+        ("seq", "<u8"),
+        ("part", "<u4"),  # from 0
+        ("parts", "<u4"),
+        ("length", "<u4"),
+        ("reserved", "<u4"),
+        ("data", f"V{_EVENT_PAYLOAD}"),
+        ("seq_end", "<u8"),
+    ]
+)
+_MOST_STEPS, _MOST_EVENTS, _MOST_METADATA = 2**26, 2**20, 2**26  # more is no ring of ours
+if _STEP.size != STEP_DTYPE.itemsize or {_EVENT_SLOT.size, EVENT_DTYPE.itemsize} != {
+    _EVENT_BYTES
+}:  # pragma: no cover
     raise AssertionError
 
 
@@ -116,7 +151,9 @@ class Ring:
         words = memoryview(buffer)[:_PAGE].cast("Q")
         self._step_head = words[_STEP_HEAD_AT // 8 : _STEP_HEAD_AT // 8 + 1]
         self._event_head = words[_EVENT_HEAD_AT // 8 : _EVENT_HEAD_AT // 8 + 1]
-        self._steps = np.frombuffer(buffer, STEP_DTYPE, self.step_capacity, self._steps_at)
+        self._ending = words[_ENDING_AT // 8 : _ENDING_AT // 8 + 1]
+        self.steps = np.frombuffer(buffer, STEP_DTYPE, self.step_capacity, self._steps_at)
+        self.events = np.frombuffer(buffer, EVENT_DTYPE, self.event_capacity, self._events_at)
         self._step_size = step_size
         self._slot_size = slot_size
         # Record one step: `append(step, time, monotonic, loss, lr, pre_norm, post_norm, threshold,
@@ -134,20 +171,25 @@ class Ring:
         """
         meta, size = _plan(metadata, steps, events)
         descriptor = None
+        # Under another name until it is whole and locked: whoever looks for the rings of dead
+        # processes does not see it before.
+        making = path.with_name(f"{path.name}.new")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+            descriptor = os.open(making, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             _allocate(descriptor, size)
-            # lockf, not flock: a forked child does not hold on to it after we are killed.
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)
             buffer = mmap.mmap(descriptor, size)
+            _format(buffer, meta, steps, events)
+            making.rename(path)
         except OSError as error:
             if descriptor is not None:
-                os.close(descriptor)
-                path.unlink(missing_ok=True)
+                making.unlink(missing_ok=True)
+                release(descriptor)
             msg = f"cannot make the flight-recorder file {path}: {error.strerror or error}"
             raise RingError(msg) from error
-        _format(buffer, meta, steps, events)
         return cls(buffer, path, descriptor)
 
     @classmethod
@@ -167,13 +209,14 @@ class Ring:
         except (OSError, ValueError) as error:
             msg = f"cannot read the flight-recorder file {path}: {error}"
             raise RingError(msg) from error
-        try:
-            _check(buffer, path)
-            return cls(buffer, path, None)
-        except (RingError, ValueError):
-            with contextlib.suppress(BufferError):
-                buffer.close()
-            raise
+        problem = header_problem(buffer)
+        if problem is None and len(buffer) < planned_size(buffer):
+            problem = "is cut short"
+        if problem is not None:
+            buffer.close()
+            msg = f"{path} {problem}"
+            raise RingError(msg)
+        return cls(buffer, path, None)
 
     # -- writing: the training thread only ----------------------------------------------------
 
@@ -188,8 +231,24 @@ class Ring:
             piece = payload[part * _EVENT_PAYLOAD : (part + 1) * _EVENT_PAYLOAD]
             seq = head + part + 1
             slot = self._events_at + (seq - 1) % self.event_capacity * self._slot_size
-            EVENT_SLOT.pack_into(self._buffer, slot, seq, part, parts, len(piece), 0, piece, seq)
+            _EVENT_SLOT.pack_into(self._buffer, slot, seq, part, parts, len(piece), 0, piece, seq)
         self._event_head[0] = head + parts
+
+    # -- writing: the worker only --------------------------------------------------------------
+
+    def note_end(self, status: RunStatus) -> None:
+        """The run has ended so, whether or not all of it gets stored before the process is gone."""
+        if status in ENDINGS:
+            self._ending[0] = ENDINGS.index(status)
+
+    def note_leader(self, ring: str) -> None:
+        """Whose run this ring's is: that of rank 0 with that ring."""
+        name = ring.encode("ascii", "replace")[:_LEADER_BYTES]
+        self._buffer[_LEADER_AT : _LEADER_AT + len(name)] = name
+
+    def trust(self, steps: int, events: int) -> None:
+        """Put the heads where the records say they are: of a ring that nobody writes any more."""
+        self._step_head[0], self._event_head[0] = steps, events
 
     # -- reading: any thread, any process -----------------------------------------------------
 
@@ -198,13 +257,25 @@ class Ring:
         """How many step records and event slots were ever written: where a reader ends."""
         return self._step_head[0], self._event_head[0]
 
+    @property
+    def ending(self) -> RunStatus | None:
+        """How the run ended, where it had the time to say so."""
+        noted = self._ending[0]
+        return ENDINGS[noted] if noted < len(ENDINGS) else None
+
+    @property
+    def leader(self) -> str | None:
+        """The name of rank 0's ring, on another rank that knew it."""
+        noted = self._buffer[_LEADER_AT : _LEADER_AT + _LEADER_BYTES].rstrip(b"\0")
+        return noted.decode("ascii", "replace") or None
+
     def read_steps(self, cursor: int, limit: int | None = None) -> Steps:
         """The records after `cursor` (0: from the start), at most `limit` of them."""
         head = self._step_head[0]
         first = max(cursor, head - self.step_capacity)
         last = head if limit is None else min(head, first + limit)
         index = np.arange(first, last, dtype=np.int64)
-        rows = self._steps[index % self.step_capacity]
+        rows = self.steps[index % self.step_capacity]
         expected = (index + 1).astype(np.uint64)
         good = (rows["seq"] == expected) & (rows["seq_end"] == expected)
         torn = int(len(rows) - np.count_nonzero(good))
@@ -219,7 +290,7 @@ class Ring:
         torn = 0
         for seq in range(first + 1, head + 1):
             slot = self._events_at + (seq - 1) % self.event_capacity * self._slot_size
-            start, part, parts, length, _, data, end = EVENT_SLOT.unpack_from(self._buffer, slot)
+            start, part, parts, length, _, data, end = _EVENT_SLOT.unpack_from(self._buffer, slot)
             if start != seq or end != seq or length > _EVENT_PAYLOAD or part != len(pieces):
                 torn += 1 + len(pieces)
                 pieces.clear()
@@ -236,7 +307,7 @@ class Ring:
         if remove and self.path is not None:
             self.path.unlink(missing_ok=True)
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            release(self._descriptor)
             self._descriptor = None
 
 
@@ -282,6 +353,36 @@ def _appender(
     return append
 
 
+# The rings that this process holds, by device and inode: the lock is the process's, and closing
+# any descriptor of such a file would let go of it.
+held: set[tuple[int, int]] = set()
+
+
+def lock(descriptor: int) -> bool:
+    """Take a ring for this process, until it ends or lets go; False: the file system has no locks.
+
+    Raises `OSError` where another process has it.
+    """
+    locked = True
+    try:
+        # lockf, not flock: a forked child does not hold on to it after we are killed.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in {errno.EACCES, errno.EAGAIN}:
+            raise
+        locked = False
+    found = os.fstat(descriptor)
+    held.add((found.st_dev, found.st_ino))
+    return locked
+
+
+def release(descriptor: int) -> None:
+    """Let go of a ring that `lock` took."""
+    found = os.fstat(descriptor)
+    os.close(descriptor)
+    held.discard((found.st_dev, found.st_ino))
+
+
 class NullRing:
     """Takes every record and keeps none: where recording is off."""
 
@@ -321,17 +422,21 @@ def _format(buffer: mmap.mmap, meta: bytes, steps: int, events: int) -> None:
     buffer[:8] = MAGIC
 
 
-def _check(buffer: mmap.mmap, path: Path) -> None:
-    problem = None
+def header_problem(buffer: mmap.mmap | bytes) -> str | None:
+    """What is wrong with what should be a ring's header and metadata; None where nothing is."""
     if len(buffer) < _PAGE or buffer[:8] != MAGIC:
-        problem = "is not a flight-recorder file"
-    else:
-        _, version, step, steps, slot, _, events, meta = _HEADER.unpack_from(buffer, 0)
-        size = _PAGE + _pages(meta) + _pages(steps * step) + _pages(events * slot)
-        if version != VERSION or step != _STEP.size or slot != _EVENT_BYTES:
-            problem = f"is of format version {version}; this gradwatch reads version {VERSION}"
-        elif not steps or not events or len(buffer) < size:
-            problem = "is cut short"
-    if problem:
-        msg = f"{path} {problem}"
-        raise RingError(msg)
+        return "is not a flight-recorder file"
+    _, version, step, steps, slot, _, events, meta = _HEADER.unpack_from(buffer, 0)
+    if version != VERSION or step != _STEP.size or slot != _EVENT_BYTES:
+        return f"is of format version {version}; this gradwatch reads version {VERSION}"
+    if not (0 < steps <= _MOST_STEPS and 0 < events <= _MOST_EVENTS and meta <= _MOST_METADATA):
+        return "has a header that was written over"
+    if len(buffer) < _PAGE + meta:
+        return "is cut short"
+    return None
+
+
+def planned_size(buffer: mmap.mmap | bytes) -> int:
+    """The bytes of the whole file, by its header."""
+    _, _, step, steps, slot, _, events, meta = _HEADER.unpack_from(buffer, 0)
+    return _PAGE + _pages(meta) + _pages(steps * step) + _pages(events * slot)

@@ -154,7 +154,7 @@ class Recording:
             ring,
             self._sink or self.pipeline.store_sink(self.settings.store),
             self.pipeline.metrics if self.metrics_url else NullSink(),
-            notices=hooks.notices,
+            parameters=lambda: hooks.notices.parameters,
             peers=peers,
             control=control,
             settle=lambda: (method := settle()) and method(),

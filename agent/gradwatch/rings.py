@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gradwatch.config import Settings
     from gradwatch.records import RunInfo
 
-__all__ = ["folders", "make"]
+__all__ = ["beside", "folders", "make"]
 
 
 def folders(settings: Settings) -> list[Path]:
@@ -29,8 +29,14 @@ def folders(settings: Settings) -> list[Path]:
         return [settings.ring_dir.expanduser().absolute()]
     own = os.getuid() if hasattr(os, "getuid") else "user"
     temporary = Path(tempfile.gettempdir()) / f"gradwatch-rings-{own}"
-    database = sqlite_path(settings.store)
-    return [temporary] if database is None else [Path(f"{database}.rings"), temporary]
+    near = beside(settings.store)
+    return [temporary] if near is None else [near, temporary]
+
+
+def beside(store: str) -> Path | None:
+    """The folder of rings that goes with an SQLite file."""
+    database = sqlite_path(store)
+    return None if database is None else Path(f"{database}.rings")
 
 
 def make(

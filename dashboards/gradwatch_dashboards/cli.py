@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+from pathlib import Path  # noqa: TC003 - typer reads the annotation
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,7 +21,7 @@ from rich.table import Table
 from gradwatch.errors import ConfigurationError, GradwatchError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from gradwatch_monitor.store import Run, Store
 
@@ -123,7 +124,7 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
     table = Table(box=None, show_header=False, title=escape(found.name), title_justify="left")
     ratio = summary.clip_ratio
     for label, value in (
-        ("status", _run_dict(found)["status"]),
+        ("status", _status_in_full(found)),
         ("started", _when(found.started_at)),
         ("host", f"{found.host}, process {found.pid}"),
         ("optimizer", found.settings.get("optimizer", "")),
@@ -222,6 +223,46 @@ def apply(
     else:
         err.print(f"gradwatch: {escape(found.name)} has not taken it yet; it stays asked for")
     if change.applied_step is None:
+        raise typer.Exit(NOT_FOUND)
+
+
+@app.command()
+def recover(
+    folder: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FOLDER]...",
+            exists=True,
+            file_okay=False,
+            help="Where flight-recorder files lie [default: where jobs on this machine leave them].",
+        ),
+    ] = None,
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Store what killed jobs left in their flight recorders; exit status 1 where some cannot be."""
+    from gradwatch.recovery import recover as recover_all  # noqa: PLC0415
+
+    url = _store_url(store)
+    folders = [path.absolute() for path in folder] if folder else None
+    with _progress("recovering") as progress:
+        found = recover_all(url, folders, progress=progress)
+    if as_json:
+        _print_json([one._asdict() for one in found])
+    elif not found:
+        out.print("Nothing to recover: no job that is gone left records here for this store.")
+    for one in () if as_json else found:
+        if one.problem is not None:
+            err.print(f"gradwatch: {escape(one.run or one.path.name)}: {escape(one.problem)}")
+            continue
+        at = "before its first step" if one.last_step is None else f"at step {one.last_step:,}"
+        rank = f", rank {one.rank}" if one.rank else ""
+        lost = f", {one.lost:,} were overwritten or torn" if one.lost else ""
+        out.print(
+            f"{escape(str(one.run))}{rank}: {one.status} {at}; "
+            f"{one.steps:,} step{'s' * (one.steps != 1)} stored that had not been{lost}"
+        )
+    if any(one.problem is not None for one in found):
         raise typer.Exit(NOT_FOUND)
 
 
@@ -330,6 +371,16 @@ def _open(store: str | None) -> Iterator[Store]:
         yield opened
 
 
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, where that is a terminal: call it with done and total."""
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
 def _need(*modules: str, extra: str, verb: str) -> None:
     """Say which extra a verb needs, before it fails somewhere inside."""
     from importlib.util import find_spec  # noqa: PLC0415
@@ -353,6 +404,16 @@ def _run_dict(run: Run) -> dict[str, Any]:
     from gradwatch_monitor.store import status_of  # noqa: PLC0415
 
     return {**dataclasses.asdict(run), "status": status_of(run), "live": run.is_live()}
+
+
+def _status_in_full(run: Run) -> str:
+    status = str(_run_dict(run)["status"])
+    if status != "silent":
+        return status if run.ended_at is None else f"{status}, {_when(run.ended_at)}"
+    return (
+        f"silent since {_when(run.heartbeat_at)}: if it was killed, `gradwatch recover` on "
+        f"{run.host} stores what it left"
+    )
 
 
 def _steps(store: Store, run: Run) -> int:

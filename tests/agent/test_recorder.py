@@ -12,7 +12,7 @@ import time
 import pytest
 
 from gradwatch.errors import RingError
-from gradwatch.recorder import EVENT_SLOT, FLAGS, STEP_DTYPE, NullRing, Ring
+from gradwatch.recorder import EVENT_DTYPE, FLAGS, STEP_DTYPE, NullRing, Ring
 
 
 def fill(ring, steps, first=0):
@@ -101,7 +101,7 @@ def test_torn_records_are_skipped_and_counted(ring):
     slot = ring._events_at
     ring.append_event(b"whole")
     ring.append_event(b"torn")
-    struct.pack_into("<Q", ring._buffer, slot + 2 * EVENT_SLOT.size - 8, 0)
+    struct.pack_into("<Q", ring._buffer, slot + 2 * EVENT_DTYPE.itemsize - 8, 0)
     read = ring.read_steps(0)
     assert read.records["step"].tolist() == [0, 1, 2, 3, 5, 6, 7, 8, 9]
     assert read.torn == 1

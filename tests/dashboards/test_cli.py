@@ -286,9 +286,9 @@ def test_apply(run):
         status, text, _ = run("apply", "live", "0.5", "--json")
         change = json.loads(text)
         assert (status, change["threshold"], change["previous"]) == (0, 0.5, 0.25)
-        status, text, _ = run("show", "live", "--json")
-        kinds = [event["kind"] for event in json.loads(text)["events"]]
-        assert kinds.count("threshold_changed") == 2
+        assert agent.flush()
+        with Store("gradwatch.db") as store:
+            assert len(store.events(1, kind="threshold_changed")) == 2
         for arguments, code, word in (
             (("live",), 2, "--recommended"),
             (("live", "1.0", "--recommended"), 2, "--recommended"),

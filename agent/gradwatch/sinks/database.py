@@ -20,7 +20,7 @@ from gradwatch.errors import StoreError
 from gradwatch.records import ThresholdChange
 from gradwatch.schema import rings, runs
 from gradwatch.sinks import CursorMovedError, RunForgottenError, SinkError, rows, sqlite
-from gradwatch.sinks.register import register
+from gradwatch.sinks.register import bury, register
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -65,7 +65,8 @@ class DatabaseSink:
             rows.insert_layers(connection, stored, batch.layers)
             for finding in batch.findings:
                 rows.upsert_finding(connection, stored, finding, self._clock())
-            self._beat(connection, stored)
+            if not run.recovered:
+                self._beat(connection, stored)
         if self._engine is not None and self._path is not None:
             sqlite.checkpoint(self._engine, self._path)
 
@@ -77,11 +78,13 @@ class DatabaseSink:
     def close(self, run: RunInfo, status: RunStatus | None) -> None:
         """Note how the run ended. The ring's cursor stays: its file may outlive it."""
         stored = self._stored[run.ring]
-        ending: dict[str, object] = {}
-        if status is not None and run.rank == 0:
-            ending = {"status": status, "ended_at": self._clock()}
         with self._transaction() as connection:
-            self._beat(connection, stored, **ending)
+            if run.recovered:
+                bury(connection, run, stored, status)
+            elif status is not None and run.rank == 0:
+                self._beat(connection, stored, status=status, ended_at=self._clock())
+            else:
+                self._beat(connection, stored)
         del self._stored[run.ring]
         if not self._stored and self._engine is not None:
             if self._path is not None:

@@ -11,14 +11,14 @@ import sqlalchemy as sa
 
 from gradwatch import identity
 from gradwatch.records import Event
-from gradwatch.schema import attempts, rings, runs
+from gradwatch.schema import attempts, rings, runs, step_records
 from gradwatch.sinks import NotYetError
 from gradwatch.sinks.rows import Stored
 
 if TYPE_CHECKING:
-    from gradwatch.records import RunInfo
+    from gradwatch.records import RunInfo, RunStatus
 
-__all__ = ["LIVE_SECONDS", "Registration", "register"]
+__all__ = ["LIVE_SECONDS", "Registration", "bury", "register"]
 
 LIVE_SECONDS = 60.0  # a running run whose heartbeat is older is taken for gone
 
@@ -48,7 +48,7 @@ def register(connection: sa.Connection, run: RunInfo, now: float) -> Registratio
         return _join(connection, run, run.leader)
 
     known = connection.execute(sa.select(runs).where(runs.c.uid == run.uid)).one_or_none()
-    if known and run.uid_source == "launcher" and not _left_off(known, now):
+    if known and run.uid_source == "launcher" and not _is_the_same(run, known, now):
         # The launcher's id names the whole job: a second script in it is not a resumed run.
         run = dataclasses.replace(run, uid=f"{run.uid}-{uuid.uuid4().hex[:8]}")
         known = None
@@ -108,7 +108,7 @@ def _insert_run(connection: sa.Connection, run: RunInfo, now: float) -> int:
             uid=run.uid,
             name=run.name,
             started_at=run.started_at,
-            heartbeat_at=now,
+            heartbeat_at=run.started_at if run.recovered else now,
             status="running",
             **_columns(run),
         )
@@ -117,15 +117,43 @@ def _insert_run(connection: sa.Connection, run: RunInfo, now: float) -> int:
 
 
 def _go_on(connection: sa.Connection, run: RunInfo, run_id: int, now: float) -> Stored:
-    connection.execute(
-        sa.update(runs)
-        .where(runs.c.id == run_id)
-        .values(status="running", ended_at=None, heartbeat_at=now, **_columns(run))
-    )
+    if not run.recovered:
+        connection.execute(
+            sa.update(runs)
+            .where(runs.c.id == run_id)
+            .values(status="running", ended_at=None, heartbeat_at=now, **_columns(run))
+        )
     last = connection.execute(
         sa.select(sa.func.max(attempts.c.attempt)).where(attempts.c.run_id == run_id)
     ).scalar()
     return Stored(run_id, (last or 0) + 1)
+
+
+def bury(connection: sa.Connection, run: RunInfo, stored: Stored, status: RunStatus | None) -> None:
+    """Note how a recovered run ended and when: at its last step; not where it has gone on since."""
+    mine = attempts.alias()
+    later = (
+        sa.select(attempts.c.attempt)
+        .join(mine, mine.c.run_id == attempts.c.run_id)
+        .where(
+            mine.c.run_id == stored.run_id,
+            mine.c.attempt == stored.attempt,
+            attempts.c.position > mine.c.position,
+        )
+    )
+    if run.rank != 0 or status is None or connection.execute(later.limit(1)).one_or_none():
+        return
+    last = (
+        sa.select(step_records.c.time)
+        .where(step_records.c.run_id == stored.run_id, step_records.c.attempt == stored.attempt)
+        .order_by(step_records.c.step.desc())
+        .limit(1)
+    )
+    connection.execute(
+        sa.update(runs)
+        .where(runs.c.id == stored.run_id, runs.c.status == "running")
+        .values(status=status, ended_at=connection.execute(last).scalar() or run.started_at)
+    )
 
 
 def _position(connection: sa.Connection, run: RunInfo, stored: Stored) -> float:
@@ -160,7 +188,9 @@ def _free_name(connection: sa.Connection, name: str, now: float) -> str:
             runs.c.status == "running", runs.c.heartbeat_at > now - LIVE_SECONDS
         )
     )
-    live = {row.name for row in running if row.host != identity.host() or _alive(row.pid)}
+    live = {
+        row.name for row in running if row.host != identity.host() or identity.is_alive(row.pid)
+    }
     candidate, ordinal = name, 1
     while candidate in live:
         ordinal += 1
@@ -168,12 +198,14 @@ def _free_name(connection: sa.Connection, name: str, now: float) -> str:
     return candidate
 
 
-def _left_off(known: Any, now: float) -> bool:
-    """Whether a run neither ended well nor goes on: one that a restarted job resumes."""
+def _is_the_same(run: RunInfo, known: Any, now: float) -> bool:
+    """Whether this is the known run again: it neither ended well nor goes on."""
+    if run.recovered:
+        return bool(known.name == run.name)
     if known.status != "running":
         return bool(known.status != "finished")
     if known.host == identity.host():
-        return known.pid == os.getpid() or not _alive(known.pid)
+        return known.pid == os.getpid() or not identity.is_alive(known.pid)
     return bool(known.heartbeat_at <= now - LIVE_SECONDS)
 
 
@@ -187,13 +219,3 @@ def _columns(run: RunInfo) -> dict[str, Any]:
         "settings": dict(run.settings),
         "metrics_url": run.metrics_url,
     }
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True  # it is there, and somebody else's
-    return True

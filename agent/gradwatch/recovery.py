@@ -1,0 +1,217 @@
+"""Recovery: what processes that are gone left in their flight recorders is brought to the store.
+
+Exactly once, however many look at the same time: a ring is claimed under its lock, and the store
+takes a batch only where its own cursor of that ring stands (see `sinks.database`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import time
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+from gradwatch import rings, salvage
+from gradwatch.channel import Channel
+from gradwatch.clock import SystemClock
+from gradwatch.config import Settings, resolve_store
+from gradwatch.delivery import Delivery
+from gradwatch.errors import RingError
+from gradwatch.records import RunInfo
+from gradwatch.sinks import NullSink
+from gradwatch.sinks.database import DatabaseSink
+from gradwatch.troubles import Troubles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from pathlib import Path
+
+    from gradwatch.clock import Clock
+    from gradwatch.recorder import Ring
+    from gradwatch.records import RunStatus
+    from gradwatch.sinks import Sink
+
+__all__ = ["Patrol", "Recovered", "left_behind", "recover"]
+
+_LOOK_SECONDS = 60.0
+_TRY_SECONDS = 20.0
+_FIELDS = {field.name for field in dataclasses.fields(RunInfo)}
+
+
+class Recovered(NamedTuple):
+    """What became of one flight-recorder file that a dead process left."""
+
+    path: Path
+    run: str | None = None  # its name; None where the file does not tell
+    uid: str | None = None
+    rank: int | None = None
+    status: RunStatus | None = None
+    last_step: int | None = None
+    steps: int = 0  # step records that were stored now
+    lost: int = 0  # step records that were overwritten or torn before anyone stored them
+    problem: str | None = None  # why it is still there; None: all of it is stored
+
+
+def recover(
+    store: str,
+    folders: Sequence[Path] | None = None,
+    *,
+    progress: Callable[[int, int], None] = lambda *_: None,
+) -> list[Recovered]:
+    """Store what dead processes left for this store, and say what it was.
+
+    Args:
+        store: the store's SQLAlchemy URL, or an SQLite file's path.
+        folders: where to look; default: where a job on this machine with these settings writes.
+        progress: called with how many files are done, of how many at most.
+
+    The files of processes that live are left alone. So are those that cannot be stored: they say
+    why. Raises `ConfigurationError` where `store` is no store's URL.
+    """
+    store = resolve_store(store)
+    if folders is None:
+        folders = rings.folders(Settings.load(store=store))
+    sink = DatabaseSink(store)
+    told: dict[Path, Recovered] = {}
+
+    def damaged(path: Path, why: str) -> None:
+        told[path] = Recovered(path, problem=why)
+
+    total = sum(len(list(folder.glob("*.ring"))) for folder in folders)
+    for path, channel in left_behind(folders, store, sink, damaged):
+        told[path] = _store(path, channel)
+        progress(len(told), total)
+    # Once more: a rank may have come before the rank 0 whose run it belongs to.
+    if any(found.problem for found in told.values()):
+        for path, channel in left_behind(folders, store, sink, damaged):
+            told[path] = _store(path, channel)
+    progress(total, total)
+    return list(told.values())
+
+
+def left_behind(
+    folders: Iterable[Path], store: str, sink: Sink, report: Callable[[Path, str], None]
+) -> Iterator[tuple[Path, Channel]]:
+    """One after the other, a channel to the sink for each ring that a dead process left for it.
+
+    It is to be served until it is closed before the next is asked for. `report` is told of files
+    that nobody can store.
+    """
+    for folder in folders:
+        salvage.sweep(folder, time.time())
+        for path in sorted(folder.glob("*.ring")):
+            try:
+                ring = salvage.claim(path)
+                if ring is None:
+                    continue
+                if not _is_for(ring, folder, store):
+                    ring.close()
+                elif ring.heads == (0, 0):
+                    ring.close(remove=True)  # it ended before its first step: nothing to tell
+                else:
+                    yield path, _channel(ring, sink)
+            except RingError as error:
+                report(path, str(error))
+
+
+class Patrol:
+    """The worker's look, once a minute, for what dead processes have left for its stores."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._beats: dict[str, tuple[list[Path], Sink]] = {}  # by store
+        self._found: Iterator[tuple[Path, Channel]] = iter(())
+        self._current: Channel | None = None
+        self._look_at = -math.inf
+
+    def add(self, settings: Settings, sink: Sink) -> None:
+        """Look for rings of this store too."""
+        if settings.store not in self._beats:
+            self._beats[settings.store] = rings.folders(settings), sink
+            self._look_at = -math.inf
+
+    def next(self) -> Channel | None:
+        """A channel that the worker is to serve as well: one at a time."""
+        if self._current is not None and not self._current.closed.is_set():
+            return None
+        self._current = next(self._found, (None, None))[1]
+        if self._current is None and self._clock.monotonic() >= self._look_at:
+            self._look_at = self._clock.monotonic() + _LOOK_SECONDS
+            self._found = itertools.chain.from_iterable(
+                left_behind(folders, store, sink, lambda *_: None)
+                for store, (folders, sink) in self._beats.items()
+            )
+            self._current = next(self._found, (None, None))[1]
+        if self._current is not None:
+            # A store that is down, or a rank without its run: left for the next look.
+            self._current.deadline = self._clock.monotonic() + _TRY_SECONDS
+        return self._current
+
+
+def _channel(ring: Ring, sink: Sink) -> Channel:
+    about = ring.metadata
+    try:
+        known = {name: about[name] for name in _FIELDS & about.keys()}
+        run = RunInfo(**{**known, "leader": ring.leader, "recovered": True})
+        names = [str(name) for name in about.get("parameters", ())]
+    except TypeError as error:
+        ring.close()
+        msg = f"{ring.path} does not say whose run it is: {error}"
+        raise RingError(msg) from error
+    channel = Channel(run, ring, sink, NullSink(), parameters=lambda: names)
+    channel.end(ring.ending or "crashed", math.inf)
+    return channel
+
+
+def _is_for(ring: Ring, folder: Path, store: str) -> bool:
+    """Whether its records belong into that store. The folder beside a file goes where it goes."""
+    if folder == rings.beside(store):
+        return True
+    return bool(_place(str(ring.metadata.get("store", ""))) == _place(store))
+
+
+def _place(url: str) -> Any:
+    """What of a URL says which database it is; users and options may differ."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return url
+    return parsed.get_backend_name(), parsed.host, parsed.port, parsed.database
+
+
+def _store(path: Path, channel: Channel) -> Recovered:
+    """Bring one ring to the store, here and now."""
+    troubles = _Kept()
+    delivery = Delivery(SystemClock(), troubles)
+    run, head = channel.run, channel.ring.heads[0]
+    last = channel.ring.read_steps(max(0, head - 1)).records["step"]
+    while not channel.closed.is_set() and not channel.store.failures:
+        delivery.serve(channel)
+    problem = None
+    if not channel.complete:
+        channel.ring.close()
+        problem = troubles.last or f"the run that rank {run.rank} belongs to is not in the store"
+    return Recovered(
+        path,
+        channel.run.name,
+        channel.run.uid,
+        run.rank,
+        channel.status,
+        int(last[-1]) if len(last) else None,
+        channel.store.stored,
+        channel.dropped().get("ring_full", 0) + channel.dropped().get("torn", 0),
+        problem,
+    )
+
+
+class _Kept(Troubles):
+    """The last trouble, kept for whoever asked instead of being logged."""
+
+    last: str | None = None
+
+    def report(self, fault: str, message: str) -> None:  # noqa: ARG002 - as `Troubles`
+        self.last = message

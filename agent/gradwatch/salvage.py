@@ -1,0 +1,131 @@
+"""The ring of a process that is gone: claimed under its lock, believed as far as it proves itself.
+
+What is read is a copy in memory, as large as the file should be: where the file is cut short, the
+records that are missing show as torn.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gradwatch import identity
+from gradwatch.errors import RingError
+from gradwatch.recorder import Ring, header_problem, held, lock, planned_size, release
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["claim", "sweep"]
+
+_MAKING_SECONDS = 60.0  # a file that was being made for so long never will be
+
+
+def claim(path: Path) -> Ring | None:
+    """The ring at `path`, locked for us; None where a process that lives has it.
+
+    Its heads are put right: a record or message that is whole and lies at the head was written,
+    though the head had not moved; a head far past any record was never true.
+
+    Raises `RingError` where the file is not a ring, or so damaged that nobody knows whose it is.
+    """
+    descriptor = _take(path)
+    if descriptor is None:
+        return None
+    try:
+        ring = _copy(path, descriptor)
+        about = ring.metadata
+        if not lock(descriptor) and not _is_gone(about):
+            release(descriptor)
+            return None
+    except (OSError, ValueError, KeyError) as error:
+        release(descriptor)
+        msg = f"{path} cannot be read: {error}"
+        raise RingError(msg) from error
+    except RingError:
+        release(descriptor)
+        raise
+    steps, events = ring.heads
+    ring.trust(_true_steps(steps, ring.steps), _true_events(events, ring.events))
+    return ring
+
+
+def sweep(folder: Path, now: float) -> None:
+    """Remove the files of rings whose making was cut short by the end of their process."""
+    for path in folder.glob("*.ring.new"):
+        try:
+            if now - path.stat().st_mtime > _MAKING_SECONDS:
+                descriptor = _take(path)
+                if descriptor is not None:
+                    path.unlink()
+                    release(descriptor)
+        except (OSError, RingError):
+            continue
+
+
+def _take(path: Path) -> int | None:
+    """A locked descriptor of the file; None where it is in use, or gone."""
+    try:
+        found = path.stat()
+        # Asked before it is opened: closing a file of our own would let go of its lock.
+        if (found.st_dev, found.st_ino) in held:
+            return None
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        msg = f"cannot open the flight-recorder file {path}: {error.strerror or error}"
+        raise RingError(msg) from error
+    try:
+        lock(descriptor)
+    except OSError:
+        os.close(descriptor)
+        return None
+    try:
+        there = path.stat()
+    except OSError:  # another recoverer was faster, and has removed it
+        release(descriptor)
+        return None
+    if (there.st_dev, there.st_ino) != (found.st_dev, found.st_ino):
+        release(descriptor)
+        return None
+    return descriptor
+
+
+def _copy(path: Path, descriptor: int) -> Ring:
+    size = os.fstat(descriptor).st_size
+    # Read through this very descriptor: closing another of the same file would unlock it.
+    content = os.pread(descriptor, size, 0)
+    if problem := header_problem(content):
+        msg = f"{path} {problem}"
+        raise RingError(msg)
+    buffer = mmap.mmap(-1, max(planned_size(content), len(content)))
+    buffer[: len(content)] = content
+    return Ring(buffer, path, descriptor)
+
+
+def _is_gone(about: Any) -> bool:
+    """Whether a ring's process has ended, where the file system knows no locks."""
+    return about["host"] == identity.host() and not identity.is_alive(int(about["pid"]))
+
+
+def _true_steps(head: int, slots: np.ndarray[Any, np.dtype[np.void]]) -> int:
+    """The head where it can be true; else the sequence number of the newest whole slot."""
+    seq = slots["seq"]
+    places = np.arange(1, len(slots) + 1, dtype=np.uint64)
+    whole = (seq == slots["seq_end"]) & (seq > 0)
+    whole &= (seq - 1) % np.uint64(len(slots)) + 1 == places
+    newest = int(seq[whole].max()) if whole.any() else 0
+    return head if newest <= head <= newest + len(slots) else newest
+
+
+def _true_events(head: int, slots: np.ndarray[Any, np.dtype[np.void]]) -> int:
+    """The same; a message past the head counts once all of its parts are there."""
+    true = _true_steps(head, slots)
+    if true <= head:
+        return true
+    last = slots[(true - 1) % len(slots)]
+    return true if last["part"] + 1 == last["parts"] else max(0, true - int(last["part"]) - 1)

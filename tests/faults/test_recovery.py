@@ -1,0 +1,462 @@
+"""Killed jobs: what they left is stored exactly once, by whoever comes next, and they are marked."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import gradwatch
+from gradwatch import Agent
+from gradwatch.recorder import Ring
+from gradwatch.recovery import recover
+from gradwatch_dashboards.cli import app
+
+# A factory of jobs: torch is loaded once, and every line on its input forks a job that steps
+# until it is killed. After each step() that returned, the job notes it in a file of its own.
+FACTORY = """
+import mmap, os, sys, torch, gradwatch
+from gradwatch.testing import MemorySink
+torch.set_num_threads(1)
+# Whatever loads at the first step is loaded once, here.
+loaded = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.0)
+with gradwatch.Agent(loaded, store=MemorySink(), metrics_port=None):
+    loaded.step()
+def job(number, seed):
+    path = f"returned-{number}"
+    with open(path, "wb") as file:
+        file.write(bytes(16))
+    with open(path, "r+b") as file:
+        returned = memoryview(mmap.mmap(file.fileno(), 16)).cast("Q")
+    torch.manual_seed(seed)
+    weight = torch.nn.Parameter(torch.ones(10))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    agent = gradwatch.Agent(optimizer, store="gradwatch.db", run=f"job-{number}",
+                            settings=gradwatch.Settings(run_id=f"uid-{number}"))
+    step = 0
+    while True:
+        weight.grad = torch.full((10,), float(step % 97 + 1))
+        agent.log(loss=float(step))
+        optimizer.step()
+        step += 1
+        returned[0] = step
+for line in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        job(*map(int, line.split()))
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+"""
+
+
+def query(sql, path="gradwatch.db"):
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def rings():
+    return sorted(Path("gradwatch.db.rings").glob("*.ring"))
+
+
+def returned(number):
+    """How many steps the job saw return."""
+    path = Path(f"returned-{number}")
+    noted = path.read_bytes() if path.exists() else b""
+    return int.from_bytes(noted[:8], "little")
+
+
+@pytest.fixture
+def factory(tmp_path):
+    """Starts a job, lets it run until `moment` says so, kills it."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", FACTORY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "GRADWATCH_METRICS_PORT": "off"},
+    )
+
+    def start_and_kill(number, moment):
+        program.stdin.write(f"{number} {number}\n")
+        program.stdin.flush()
+        pid = int(program.stdout.readline())
+        try:
+            wait_until(lambda: moment(returned(number)))
+        finally:
+            os.kill(pid, signal.SIGKILL)
+
+    yield start_and_kill
+    program.kill()
+    program.communicate()
+
+
+def test_sigkill_at_a_hundred_moments_loses_and_doubles_nothing(factory):
+    """At full speed, each job while its worker stores the one before: no step is missing."""
+    pick = random.Random(0)
+    for number in range(100):
+        count = pick.choice([1, 2, pick.randrange(3, 300), pick.randrange(300, 3000)])
+        factory(number, lambda seen, count=count: seen >= count)
+    found = recover("sqlite:///gradwatch.db")
+    assert [one.problem for one in found if one.problem] == []
+    assert rings() == []
+    assert query("PRAGMA integrity_check") == [("ok",)]
+    stored = dict(query("SELECT uid, count(*) FROM runs JOIN steps ON run_id = id GROUP BY uid"))
+    for number in range(100):
+        # The kill may have come between the record and the note that step() had returned.
+        assert returned(number) <= stored[f"uid-{number}"] <= returned(number) + 1, number
+    assert query(
+        "SELECT count(*) FROM runs WHERE status != 'crashed' OR ended_at IS NULL"
+    ) == [(0,)]  # fmt: skip
+    wrong = (
+        "SELECT count(*) FROM step_records WHERE loss != step OR clipped != 1 "
+        "OR abs(pre_norm - (step % 97 + 1) * sqrt(10)) > 1e-4 * pre_norm"
+    )
+    assert query(wrong) == [(0,)]
+    gaps = "SELECT count(*) FROM (SELECT count(*) n, max(step) m FROM steps GROUP BY run_id) WHERE n != m + 1"
+    assert query(gaps) == [(0,)]
+
+
+PREAMBLE = """
+import os, signal, sys, threading, torch, gradwatch
+torch.set_num_threads(1)
+weight = torch.nn.Parameter(torch.ones(10))
+optimizer = torch.optim.SGD([weight], lr=0.0)
+def begin(**arguments):
+    settings = gradwatch.Settings(metrics_port="off", drain_interval=float(os.environ.get("DRAIN", 30)),
+                                  **arguments)
+    return gradwatch.Agent(optimizer, settings=settings, run="job")
+def steps(n):
+    for i in range(n):
+        weight.grad = torch.full((10,), float(i + 1))
+        optimizer.step()
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed(script, **environ):
+    """A job that ends by SIGKILL; with a worker that comes too late to store its last steps."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"{PREAMBLE}\n{script}\ndie()"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environ},
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    return result
+
+
+def watched(steps, **settings):
+    """A job of this process: (agent, optimizer)."""
+    weight = torch.nn.Parameter(torch.ones(10))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    agent = Agent(optimizer, run="next", settings=gradwatch.Settings(**settings))
+    for i in range(steps):
+        weight.grad = torch.full((10,), float(i + 1))
+        optimizer.step()
+    return agent, optimizer
+
+
+def wait_until(done, seconds=30.0):
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
+# -- who recovers ----------------------------------------------------------------------------------
+
+
+def test_recover_tells_what_it_stored():
+    """`gradwatch recover`: the steps, the last one, the file gone, the status and its time."""
+    killed("begin(); steps(1234)")
+    (ring,) = rings()
+    result = CliRunner().invoke(app, ["recover"])
+    assert result.exit_code == 0, result.output
+    assert result.output == ("job: crashed at step 1,233; 1,234 steps stored that had not been\n")
+    assert not ring.exists()
+    last = query("SELECT max(time) FROM step_records")[0][0]
+    assert query("SELECT status, ended_at FROM runs") == [("crashed", last)]
+    again = CliRunner().invoke(app, ["recover", "--json"])
+    assert (again.exit_code, json.loads(again.stdout)) == (0, [])
+
+
+def test_another_job_on_the_machine_recovers():
+    """A worker of another run finds the ring at its first look, beside its own work."""
+    killed("begin(); steps(500)")
+    agent, _optimizer = watched(10)
+    wait_until(lambda: agent.flush() and len(rings()) == 1)
+    agent.close()
+    assert query(
+        "SELECT name, status, count(*) FROM runs JOIN steps ON run_id = id GROUP BY name"
+    ) == [("job", "crashed", 500), ("next", "finished", 10)]
+
+
+def test_a_job_that_lives_is_left_alone():
+    """Neither its own process nor another takes the ring of a live run."""
+    agent, _optimizer = watched(10, drain_interval=30)
+    (ring,) = rings()
+    assert recover("sqlite:///gradwatch.db") == []
+    other = subprocess.run(
+        [sys.executable, "-m", "gradwatch_dashboards.cli", "recover"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ring.exists()
+    assert other.returncode == 0, other.stderr
+    # Having looked has not let go of the lock.
+    assert subprocess.run(
+        [sys.executable, "-c",
+         ("import sys; from pathlib import Path; from gradwatch.salvage import claim;"
+         "sys.exit(claim(Path(sys.argv[1])) is not None)"), str(ring)],
+        check=False,
+    ).returncode == 0  # fmt: skip
+    agent.close()
+
+
+def test_two_recover_at_the_same_time():
+    """Eight rings, three processes: every step once."""
+    killed("""
+begin().close()
+kept = []
+for number in range(8):
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    kept.append(begin())
+    steps(2000)
+    kept.append(optimizer)
+""")
+    assert len(rings()) == 8
+    code = "from gradwatch.recovery import recover; recover('sqlite:///gradwatch.db')"
+    helpers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [helper.wait(120) for helper in helpers] == [0] * 3
+    assert recover("sqlite:///gradwatch.db") == []  # what was locked is open to be tried again
+    assert query("SELECT count(*), count(DISTINCT run_id) FROM step_records") == [(16000, 8)]
+    assert query("SELECT DISTINCT status FROM runs") == [("crashed",)]
+
+
+def test_what_was_stored_already_is_not_stored_again():
+    """The worker had stored a part when the process was killed."""
+    killed("agent = begin(); steps(700); assert agent.flush(); steps(300)", DRAIN="0.05")
+    before = query("SELECT count(*) FROM steps")[0][0]
+    assert before >= 700
+    (one,) = recover("sqlite:///gradwatch.db")
+    assert (one.steps, one.last_step) == (1000 - before, 299 + 700)
+    assert query("SELECT count(*) FROM steps") == [(1000,)]
+
+
+def test_a_store_that_is_down_leaves_the_file():
+    """Told with the reason; stored when it is back."""
+    killed("begin(); steps(100)")
+    Path("gradwatch.db").unlink(missing_ok=True)
+    Path("gradwatch.db").mkdir()
+    result = CliRunner().invoke(app, ["recover"])
+    assert result.exit_code == 1
+    assert "unable to open database file" in result.output
+    assert len(rings()) == 1
+    Path("gradwatch.db").rmdir()
+    assert CliRunner().invoke(app, ["recover"]).exit_code == 0
+    assert query("SELECT count(*) FROM steps") == [(100,)]
+
+
+# -- what it says of the end -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ending", "status"),
+    [("", "finished"), ("raise ValueError", "failed"), ("os._exit(3)", "crashed")],
+)
+def test_how_a_run_ended_is_known_though_the_store_was_down(ending, status):
+    """The ring keeps it, and the store hears of it with the rest."""
+    subprocess.run(
+        [sys.executable, "-c",
+         f"{PREAMBLE}\nos.mkdir('gradwatch.db'); begin(); steps(50)\n{ending}"],
+        capture_output=True, check=False, timeout=60,
+    )  # fmt: skip
+    Path("gradwatch.db").rmdir()
+    (one,) = recover("sqlite:///gradwatch.db")
+    assert (one.status, one.steps) == (status, 50)
+    assert query("SELECT status FROM runs") == [(status,)]
+
+
+# -- killed and resumed ----------------------------------------------------------------------------
+
+
+def test_killed_and_resumed_three_times_shows_the_last_timeline():
+    """From older checkpoints, one resume dying before its predecessor's last step."""
+    lengths = [(0, 1000), (600, 50), (400, 900), (1200, 300)]
+    for start, count in lengths:
+        killed(
+            f"agent = begin(); agent.load_state_dict({{**agent.state_dict(), 'run_id': 'u', 'step': {start}}})\n"
+            f"steps({count})"
+        )
+    recover("sqlite:///gradwatch.db")
+    assert query("SELECT count(*) FROM runs") == [(1,)]
+    timeline = query(
+        "SELECT s.step, a.start_step FROM steps s JOIN attempts a "
+        "ON a.run_id = s.run_id AND a.attempt = s.attempt ORDER BY s.step"
+    )
+    expected = {}
+    for j, (start, count) in enumerate(lengths):
+        bound = min([s for s, _ in lengths[j + 1 :]], default=10**9)
+        expected.update({step: start for step in range(start, start + count) if step < bound})
+    assert timeline == sorted(expected.items())
+    assert query("SELECT count(*) FROM step_records") == [(sum(n for _, n in lengths),)]
+    assert query("SELECT status FROM runs") == [("crashed",)]
+
+
+def test_an_attempt_that_reaches_the_store_last_hides_nothing():
+    """The middle one of three ran while the store could not be reached."""
+    script = (
+        "agent = begin()\n"
+        "agent.load_state_dict({**agent.state_dict(), 'run_id': 'u', 'step': %d})\nsteps(%d)"
+    )
+    killed(script % (0, 100))
+    recover("sqlite:///gradwatch.db")
+    elsewhere = {"GRADWATCH_RING_DIR": str(Path("other").absolute())}
+    Path("hidden").mkdir()
+    for path in Path().glob("gradwatch.db*"):
+        path.rename(Path("hidden") / path.name)
+    Path("gradwatch.db").mkdir()
+    killed(script % (60, 30), **elsewhere)
+    Path("gradwatch.db").rmdir()
+    for path in Path("hidden").iterdir():
+        path.rename(path.name)
+    killed(script % (80, 100))
+    recover("sqlite:///gradwatch.db")
+    recover("sqlite:///gradwatch.db", [Path("other").absolute()])
+    assert query("SELECT attempt, position, start_step FROM attempts ORDER BY position") == [
+        (1, 1.0, 0), (3, 1.5, 60), (2, 2.0, 80),
+    ]  # fmt: skip
+    assert query("SELECT attempt, min(step), max(step) FROM steps GROUP BY attempt") == [
+        (1, 0, 59), (2, 80, 179), (3, 60, 79),
+    ]  # fmt: skip
+    assert query("SELECT status FROM runs") == [("crashed",)]
+
+
+# -- damage: offsets as the recorder's layout says ---------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def left(tmp_path_factory):
+    """The flight recorder that a job of 500 steps left, and nothing in the store yet."""
+    folder = tmp_path_factory.mktemp("left")
+    subprocess.run(
+        [sys.executable, "-c",
+         f"{PREAMBLE}\nos.mkdir('gradwatch.db'); begin(); steps(500)\ndie()"],
+        cwd=folder, check=False, timeout=60,
+    )  # fmt: skip
+    (folder / "gradwatch.db").rmdir()
+    (path,) = (folder / "gradwatch.db.rings").iterdir()
+    return path
+
+
+@pytest.fixture
+def ring(left):
+    """A copy of it, where it will be found."""
+    Path("gradwatch.db.rings").mkdir()
+    copy = Path("gradwatch.db.rings") / left.name
+    shutil.copy(left, copy)
+    return copy
+
+
+def write_at(path, offset, content):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def record_at(path, number):
+    """The offset of a step record, counted from 0."""
+    (metadata,) = struct.unpack_from("<Q", path.read_bytes(), 40)
+    return 4096 + -(-metadata // 4096) * 4096 + number * 96
+
+
+def recovered_steps():
+    return [step for (step,) in query("SELECT step FROM steps ORDER BY step")]
+
+
+@pytest.mark.parametrize("head", [0, 499, 2**60, 2**64 - 1])
+def test_a_head_that_is_wrong_costs_nothing(ring, head):
+    """Also a record that is whole though the head had not moved past it is stored."""
+    write_at(ring, 64, struct.pack("<Q", head))
+    (one,) = recover("sqlite:///gradwatch.db")
+    assert (one.steps, one.lost, one.problem) == (500, 0, None)
+    assert recovered_steps() == list(range(500))
+
+
+@pytest.mark.parametrize("kind", ["first bytes", "last bytes", "foreign", "zeros"])
+def test_a_record_that_does_not_prove_itself_is_skipped_and_counted(ring, kind):
+    """Torn at either end, another's in its place, never written: that one is gone, no other."""
+    at = record_at(ring, 123)
+    content = ring.read_bytes()
+    write_at(ring, *{
+        "first bytes": (at, struct.pack("<Q", 0)),
+        "last bytes": (at + 88, struct.pack("<Q", 7)),
+        "foreign": (at, content[record_at(ring, 77) :][:96]),
+        "zeros": (at, bytes(96)),
+    }[kind])  # fmt: skip
+    (one,) = recover("sqlite:///gradwatch.db")
+    assert (one.steps, one.lost) == (499, 1)
+    assert recovered_steps() == [step for step in range(500) if step != 123]
+    ((data,),) = query("SELECT data FROM events WHERE kind = 'records_dropped'")
+    assert json.loads(data) == {"torn": 1}
+
+
+def test_a_file_that_is_cut_short_gives_what_it_has(ring):
+    """300 whole records and a half one: those are stored, the others are counted."""
+    os.truncate(ring, record_at(ring, 300) + 48)
+    (one,) = recover("sqlite:///gradwatch.db")
+    assert (one.steps, one.lost, one.problem) == (300, 200, None)
+    assert recovered_steps() == list(range(300))
+
+
+@pytest.mark.parametrize(
+    ("offset", "content", "words"),
+    [
+        (0, b"SOMEBODY", "is not a flight-recorder file"),
+        (8, struct.pack("<I", 2), "format version 2; this gradwatch reads version 1"),
+        (16, struct.pack("<Q", 2**50), "has a header that was written over"),
+        (40, struct.pack("<Q", 2**40), "has a header that was written over"),
+        (4096, b"no JSON", "cannot be read"),
+        (4096, b"{}       ", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_trusted_stays_and_is_told(ring, offset, content, words):
+    """Nothing of it is stored, nothing is deleted, the exit status is 1."""
+    write_at(ring, offset, content)
+    result = CliRunner().invoke(app, ["recover"])
+    assert result.exit_code == 1
+    assert words in result.output
+    assert ring.exists()
+    assert not Path("gradwatch.db").exists()
+
+
+def test_files_in_the_making_are_swept(ring):
+    """What a process that died while it made its ring has left: gone after a while, not before."""
+    for name, age in (("old", 100), ("young", 1)):
+        path = ring.parent / f"{name}.ring.new"
+        path.write_bytes(b"")
+        os.utime(path, (time.time() - age, time.time() - age))
+    recover("sqlite:///gradwatch.db")
+    assert [path.name for path in ring.parent.iterdir()] == ["young.ring.new"]
+
+
+def test_rings_of_another_store_are_not_taken(ring):
+    """In a folder that stores share, each takes its own."""
+    shared = Path("shared").absolute()
+    ring.parent.rename(shared)
+    assert recover("sqlite:///other.db", [shared]) == []
+    (one,) = recover(Ring.open(next(shared.iterdir())).metadata["store"], [shared])
+    assert one.steps == 500
