@@ -21,6 +21,7 @@ check: .venv/.installed
 bench: .venv/.installed
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/cost.py
+	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/jobs.py
 
 # The peers bring many packages along: they get an environment of their own.

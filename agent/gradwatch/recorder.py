@@ -43,21 +43,23 @@ if TYPE_CHECKING:
 __all__ = [
     "EVENT_DTYPE",
     "FLAGS",
+    "PAGE",
     "STEP_DTYPE",
     "Messages",
     "NullRing",
     "Ring",
+    "Spans",
     "Steps",
     "header_problem",
     "held",
     "lock",
-    "planned_size",
     "release",
+    "spans",
 ]
 
 MAGIC = b"GRADWTCH"
 VERSION = 1
-_PAGE = 4096
+PAGE = 4096
 _HEADER = struct.Struct("<8sIIQIIQQ")
 _STEP_HEAD_AT = 64
 _EVENT_HEAD_AT = 128
@@ -144,11 +146,11 @@ class Ring:
         self.path = path
         self._descriptor = descriptor
         self._buffer = buffer
-        self._steps_at = _PAGE + _pages(meta_size)
+        self._steps_at = PAGE + _pages(meta_size)
         self._events_at = self._steps_at + _pages(self.step_capacity * step_size)
-        self.metadata: Mapping[str, Any] = json.loads(buffer[_PAGE : _PAGE + meta_size])
+        self.metadata: Mapping[str, Any] = json.loads(buffer[PAGE : PAGE + meta_size])
         # One 8-byte store through a cast memoryview is never seen half-done by a reader.
-        words = memoryview(buffer)[:_PAGE].cast("Q")
+        words = memoryview(buffer)[:PAGE].cast("Q")
         self._step_head = words[_STEP_HEAD_AT // 8 : _STEP_HEAD_AT // 8 + 1]
         self._event_head = words[_EVENT_HEAD_AT // 8 : _EVENT_HEAD_AT // 8 + 1]
         self._ending = words[_ENDING_AT // 8 : _ENDING_AT // 8 + 1]
@@ -210,7 +212,7 @@ class Ring:
             msg = f"cannot read the flight-recorder file {path}: {error}"
             raise RingError(msg) from error
         problem = header_problem(buffer)
-        if problem is None and len(buffer) < planned_size(buffer):
+        if problem is None and len(buffer) < spans(buffer).size:
             problem = "is cut short"
         if problem is not None:
             buffer.close()
@@ -394,12 +396,12 @@ class NullRing:
 
 
 def _pages(size: int) -> int:
-    return -(-size // _PAGE) * _PAGE
+    return -(-size // PAGE) * PAGE
 
 
 def _plan(metadata: Mapping[str, Any], steps: int, events: int) -> tuple[bytes, int]:
     meta = json.dumps(metadata, default=str).encode()
-    size = _PAGE + _pages(len(meta)) + _pages(steps * _STEP.size) + _pages(events * _EVENT_BYTES)
+    size = PAGE + _pages(len(meta)) + _pages(steps * _STEP.size) + _pages(events * _EVENT_BYTES)
     return meta, size
 
 
@@ -414,29 +416,35 @@ def _allocate(descriptor: int, size: int) -> None:
 
 def _format(buffer: mmap.mmap, meta: bytes, steps: int, events: int) -> None:
     # Touching every page now keeps page faults out of the training steps.
-    for offset in range(0, len(buffer), _PAGE):
+    for offset in range(0, len(buffer), PAGE):
         buffer[offset] = 0
-    buffer[_PAGE : _PAGE + len(meta)] = meta
+    buffer[PAGE : PAGE + len(meta)] = meta
     header = _HEADER.pack(MAGIC, VERSION, _STEP.size, steps, _EVENT_BYTES, 0, events, len(meta))
     buffer[8 : len(header)] = header[8:]
     buffer[:8] = MAGIC
 
 
 def header_problem(buffer: mmap.mmap | bytes) -> str | None:
-    """What is wrong with what should be a ring's header and metadata; None where nothing is."""
-    if len(buffer) < _PAGE or buffer[:8] != MAGIC:
+    """What is wrong with what should be a ring's header; None where nothing is."""
+    if len(buffer) < PAGE or buffer[:8] != MAGIC:
         return "is not a flight-recorder file"
     _, version, step, steps, slot, _, events, meta = _HEADER.unpack_from(buffer, 0)
     if version != VERSION or step != _STEP.size or slot != _EVENT_BYTES:
         return f"is of format version {version}; this gradwatch reads version {VERSION}"
     if not (0 < steps <= _MOST_STEPS and 0 < events <= _MOST_EVENTS and meta <= _MOST_METADATA):
         return "has a header that was written over"
-    if len(buffer) < _PAGE + meta:
-        return "is cut short"
     return None
 
 
-def planned_size(buffer: mmap.mmap | bytes) -> int:
-    """The bytes of the whole file, by its header."""
-    _, _, step, steps, slot, _, events, meta = _HEADER.unpack_from(buffer, 0)
-    return _PAGE + _pages(meta) + _pages(steps * step) + _pages(events * slot)
+class Spans(NamedTuple):
+    """Where the metadata lies in a ring's file, and how large the whole file is, in bytes."""
+
+    metadata: slice
+    size: int
+
+
+def spans(header: mmap.mmap | bytes) -> Spans:
+    """As a header that has no problem says."""
+    _, _, step, steps, slot, _, events, meta = _HEADER.unpack_from(header, 0)
+    size = PAGE + _pages(meta) + _pages(steps * step) + _pages(events * slot)
+    return Spans(slice(PAGE, PAGE + meta), size)

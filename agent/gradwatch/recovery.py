@@ -27,7 +27,7 @@ from gradwatch.sinks.database import DatabaseSink
 from gradwatch.troubles import Troubles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from gradwatch.clock import Clock
@@ -101,16 +101,21 @@ def left_behind(
     It is to be served until it is closed before the next is asked for. `report` is told of files
     that nobody can store.
     """
+    place = _place(store)
     for folder in folders:
+        # The folder beside an SQLite file goes where the file goes.
+        near = folder == rings.beside(store)
+
+        def wanted(about: Mapping[str, Any], *, near: bool = near) -> bool:
+            return near or bool(_place(str(about.get("store", ""))) == place)
+
         salvage.sweep(folder, time.time())
         for path in sorted(folder.glob("*.ring")):
             try:
-                ring = salvage.claim(path)
+                ring = salvage.claim(path, wanted)
                 if ring is None:
                     continue
-                if not _is_for(ring, folder, store):
-                    ring.close()
-                elif ring.heads == (0, 0):
+                if ring.heads == (0, 0):
                     ring.close(remove=True)  # it ended before its first step: nothing to tell
                 else:
                     yield path, _channel(ring, sink)
@@ -165,13 +170,6 @@ def _channel(ring: Ring, sink: Sink) -> Channel:
     channel = Channel(run, ring, sink, NullSink(), parameters=lambda: names)
     channel.end(ring.ending or "crashed", math.inf)
     return channel
-
-
-def _is_for(ring: Ring, folder: Path, store: str) -> bool:
-    """Whether its records belong into that store. The folder beside a file goes where it goes."""
-    if folder == rings.beside(store):
-        return True
-    return bool(_place(str(ring.metadata.get("store", ""))) == _place(store))
 
 
 def _place(url: str) -> Any:

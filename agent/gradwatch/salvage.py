@@ -6,6 +6,7 @@ records that are missing show as torn.
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 from typing import TYPE_CHECKING, Any
@@ -14,9 +15,18 @@ import numpy as np
 
 from gradwatch import identity
 from gradwatch.errors import RingError
-from gradwatch.recorder import Ring, header_problem, held, lock, planned_size, release
+from gradwatch.recorder import (
+    PAGE,
+    Ring,
+    header_problem,
+    held,
+    lock,
+    release,
+    spans,
+)
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
 __all__ = ["claim", "sweep"]
@@ -24,8 +34,10 @@ __all__ = ["claim", "sweep"]
 _MAKING_SECONDS = 60.0  # a file that was being made for so long never will be
 
 
-def claim(path: Path) -> Ring | None:
-    """The ring at `path`, locked for us; None where a process that lives has it.
+def claim(path: Path, wanted: Callable[[Mapping[str, Any]], bool] = lambda _: True) -> Ring | None:
+    """The ring at `path`, locked for us; None where a process that lives has it, or not `wanted`.
+
+    `wanted` is asked with its metadata, before the file is read.
 
     Its heads are put right: a record or message that is whole and lies at the head was written,
     though the head had not moved; a head far past any record was never true.
@@ -36,11 +48,11 @@ def claim(path: Path) -> Ring | None:
     if descriptor is None:
         return None
     try:
-        ring = _copy(path, descriptor)
-        about = ring.metadata
-        if not lock(descriptor) and not _is_gone(about):
+        about = _metadata(path, descriptor)
+        if not wanted(about) or (not lock(descriptor) and not _is_gone(about)):
             release(descriptor)
             return None
+        ring = _copy(path, descriptor)
     except (OSError, ValueError, KeyError) as error:
         release(descriptor)
         msg = f"{path} cannot be read: {error}"
@@ -95,14 +107,23 @@ def _take(path: Path) -> int | None:
     return descriptor
 
 
+def _metadata(path: Path, descriptor: int) -> Any:
+    # All reading is through this very descriptor: closing another of the file would unlock it.
+    header = os.pread(descriptor, PAGE, 0)
+    problem = header_problem(header)
+    if problem is None:
+        where = spans(header).metadata
+        content = os.pread(descriptor, where.stop - where.start, where.start)
+        if len(content) == where.stop - where.start:
+            return json.loads(content)
+        problem = "is cut short"
+    msg = f"{path} {problem}"
+    raise RingError(msg)
+
+
 def _copy(path: Path, descriptor: int) -> Ring:
-    size = os.fstat(descriptor).st_size
-    # Read through this very descriptor: closing another of the same file would unlock it.
-    content = os.pread(descriptor, size, 0)
-    if problem := header_problem(content):
-        msg = f"{path} {problem}"
-        raise RingError(msg)
-    buffer = mmap.mmap(-1, max(planned_size(content), len(content)))
+    content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+    buffer = mmap.mmap(-1, max(spans(content).size, len(content)))
     buffer[: len(content)] = content
     return Ring(buffer, path, descriptor)
 
