@@ -56,6 +56,7 @@ for line in sys.stdin:
         job(*map(int, line.split()))
     print(pid, flush=True)
     os.waitpid(pid, 0)
+    print("gone", flush=True)
 """
 
 
@@ -95,6 +96,7 @@ def factory(tmp_path):
             wait_until(lambda: moment(returned(number)))
         finally:
             os.kill(pid, signal.SIGKILL)
+        assert program.stdout.readline() == "gone\n"
 
     yield start_and_kill
     program.kill()
