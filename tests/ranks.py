@@ -1,9 +1,12 @@
 """Jobs that run on several gloo ranks, and a way to run them."""
 
 import json
+import math
 import os
+import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -258,3 +261,21 @@ def zero_redundancy(rank, world):
     assert agent.flush(20)
     agent.close()
     return {**result, "norms": norms, "expected": expected}
+
+
+def killed(rank, world):
+    """Every rank dies of SIGKILL while the store cannot be reached; rank 1 had lost its loss."""
+    model = mlp()
+    optimizer = adamw(model.parameters(), fused=True)
+    agent = gradwatch.Agent(optimizer, model=model)
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(model, step, rank).backward()
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+        agent.log(loss=math.nan if rank == 1 and step == 3 else 0.5)
+        optimizer.step()
+    while rank != 0 and agent._recording.channel.ring.leader is None:
+        time.sleep(0.01)
+    dist.barrier()
+    os.kill(os.getpid(), signal.SIGKILL)

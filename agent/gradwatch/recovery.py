@@ -51,7 +51,7 @@ class Recovered(NamedTuple):
     rank: int | None = None
     status: RunStatus | None = None
     last_step: int | None = None
-    steps: int = 0  # step records that were stored now
+    steps: int = 0  # step records that were stored now; the steps of a run are those of rank 0
     lost: int = 0  # step records that were overwritten or torn before anyone stored them
     problem: str | None = None  # why it is still there; None: all of it is stored
 
@@ -200,7 +200,7 @@ def _store(path: Path, channel: Channel) -> Recovered:
         run.rank,
         channel.status,
         int(last[-1]) if len(last) else None,
-        channel.store.stored,
+        channel.store.stored if run.rank == 0 else 0,
         channel.dropped().get("ring_full", 0) + channel.dropped().get("torn", 0),
         problem,
     )

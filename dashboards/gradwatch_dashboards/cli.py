@@ -256,12 +256,11 @@ def recover(
             err.print(f"gradwatch: {escape(one.run or one.path.name)}: {escape(one.problem)}")
             continue
         at = "before its first step" if one.last_step is None else f"at step {one.last_step:,}"
-        rank = f", rank {one.rank}" if one.rank else ""
-        lost = f", {one.lost:,} were overwritten or torn" if one.lost else ""
-        out.print(
-            f"{escape(str(one.run))}{rank}: {one.status} {at}; "
-            f"{one.steps:,} step{'s' * (one.steps != 1)} stored that had not been{lost}"
-        )
+        what = f"{one.steps:,} step{'s' * (one.steps != 1)} stored that had not been"
+        if one.rank:
+            what = f"what rank {one.rank} had to tell is stored"
+        lost = f"; {one.lost:,} were overwritten or torn" if one.lost else ""
+        out.print(f"{escape(str(one.run))}: {one.status} {at}; {what}{lost}")
     if any(one.problem is not None for one in found):
         raise typer.Exit(NOT_FOUND)
 

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import ranks
 import torch
 from typer.testing import CliRunner
 
@@ -347,6 +348,22 @@ def test_an_attempt_that_reaches_the_store_last_hides_nothing():
         (1, 0, 59), (2, 80, 179), (3, 60, 79),
     ]  # fmt: skip
     assert query("SELECT status FROM runs") == [("crashed",)]
+
+
+def test_all_ranks_of_a_job_are_recovered_as_one_run(tmp_path):
+    """Steps are rank 0's; what another rank had to tell, its own loss, is there under its name."""
+    Path("gradwatch.db").mkdir()
+    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
+        ranks.run(ranks.killed, 2, tmp_path)
+    wait_until(lambda: len(rings()) == 2)
+    Path("gradwatch.db").rmdir()
+    found = recover("sqlite:///gradwatch.db")
+    assert sorted((one.rank, one.steps, one.problem) for one in found) == [
+        (0, 5, None), (1, 0, None),
+    ]  # fmt: skip
+    assert query("SELECT world_size, status FROM runs") == [(2, "crashed")]
+    assert query("SELECT count(*) FROM steps") == [(5,)]
+    assert query("SELECT rank, step FROM events WHERE kind = 'nonfinite_loss'") == [(1, 3)]
 
 
 # -- damage: offsets as the recorder's layout says ---------------------------------------------------
