@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 
 from gradwatch import identity
 from gradwatch.clock import Clock, SystemClock
+from gradwatch.config import redact, sqlite_path
 from gradwatch.delivery import Delivery
+from gradwatch.filesystems import advice, network_kind
 from gradwatch.recovery import Patrol
 from gradwatch.sinks.database import DatabaseSink
 from gradwatch.sinks.prometheus import Exporter, PrometheusSink
@@ -90,6 +92,9 @@ class Pipeline:
         """The process's one sink for that store."""
         with self._lock:
             if url not in self._stores:
+                path = sqlite_path(url)
+                if path is not None and (kind := network_kind(path.parent)):
+                    self.troubles.report(f"network {url}", advice(redact(url), kind))
                 self._stores[url] = DatabaseSink(url, self.clock.time)
             return self._stores[url]
 

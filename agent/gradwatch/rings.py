@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from gradwatch import schema
 from gradwatch.config import redact, sqlite_path
 from gradwatch.errors import RingError
+from gradwatch.filesystems import network_kind
 from gradwatch.recorder import Ring
 
 if TYPE_CHECKING:
@@ -24,13 +25,19 @@ __all__ = ["beside", "folders", "make"]
 
 
 def folders(settings: Settings) -> list[Path]:
-    """Where to try, in order: the setting, else beside an SQLite store, else a temporary folder."""
+    """Where to try, in order: the setting, else beside an SQLite store, else a temporary folder.
+
+    The latter comes first where the store is on a network file system: a step must not wait for
+    pages that another machine keeps.
+    """
     if settings.ring_dir is not None:
         return [settings.ring_dir.expanduser().absolute()]
     own = os.getuid() if hasattr(os, "getuid") else "user"
     temporary = Path(tempfile.gettempdir()) / f"gradwatch-rings-{own}"
     near = beside(settings.store)
-    return [temporary] if near is None else [near, temporary]
+    if near is None:
+        return [temporary]
+    return [temporary, near] if network_kind(near.parent) else [near, temporary]
 
 
 def beside(store: str) -> Path | None:

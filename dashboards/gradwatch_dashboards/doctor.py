@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from gradwatch.config import Settings, redact, sqlite_path
 from gradwatch.errors import GradwatchError, StoreNotFoundError
+from gradwatch.filesystems import advice, network_kind
 from gradwatch.rings import folders
 
 if TYPE_CHECKING:
@@ -87,6 +88,8 @@ def _store(url: str) -> Iterator[Check]:
     except GradwatchError as error:
         yield Check("problem", "store", str(error))
         return
+    if path is not None and (kind := network_kind(path.parent)):
+        yield Check("problem", "store", advice(redact(url), kind))
     if path is not None and (problem := _unwritable(path.parent)):
         yield Check("problem", "store", f"no job can write {path.parent}: {problem}")
 
