@@ -203,12 +203,27 @@ class Store:
         with self._reading() as connection:
             return connection.execute(query).scalar()
 
-    def attempts(self, run_id: int) -> int:
-        """How many attempts the run has had."""
-        attempts = schema.attempts.c
-        query = sa.select(sa.func.count()).where(attempts.run_id == run_id)
+    def past(self, run_id: int) -> tuple[int, int]:
+        """How many attempts the run has had, and how many records of all but the last are stored.
+
+        As long as both stay the same, new steps only come at the end of the timeline.
+        """
+        attempts, rings = schema.attempts.c, schema.rings.c
+        count = sa.select(sa.func.count()).where(attempts.run_id == run_id)
+        last = (
+            sa.select(attempts.attempt)
+            .where(attempts.run_id == run_id)
+            .order_by(attempts.position.desc())
+            .limit(1)
+        )
+        stored = sa.select(sa.func.coalesce(sa.func.sum(rings.step_cursor), 0)).where(
+            rings.run_id == run_id, rings.attempt != last.scalar_subquery()
+        )
         with self._reading() as connection:
-            return int(connection.execute(query).scalar_one())
+            return (
+                int(connection.execute(count).scalar_one()),
+                int(connection.execute(stored).scalar_one()),
+            )
 
     def events(
         self, run_id: int, *, kind: str | None = None, limit: int | None = None

@@ -41,20 +41,21 @@ MARKED = (
 class Timeline:
     """A run's visible steps, kept up to date by reading only what is new.
 
-    Start from nothing again when an attempt began: it may have hidden steps that were read.
+    It starts from nothing again when an attempt began, which may have hidden steps that were read,
+    and when steps of an earlier one were recovered.
     """
 
     def __init__(self, run_id: int, uid: str = "") -> None:
         self.run_id = run_id
         self.uid = uid  # a store that was deleted and made anew counts its runs from 1 again
-        self._attempts = -1
+        self._past = (-1, -1)
         self._columns: dict[str, np.ndarray[Any, Any]] = {}
 
     def refresh(self, store: Store) -> None:
         """Read the steps that have come since."""
-        attempts = store.attempts(self.run_id)
-        if attempts != self._attempts:
-            self._attempts = attempts
+        past = store.past(self.run_id)
+        if past != self._past:
+            self._past = past
             self._columns = store.columns(self.run_id, STEP_COLUMNS)
             return
         known = self._columns["step"]
@@ -104,6 +105,30 @@ def thin(y: np.ndarray[Any, Any], points: int) -> np.ndarray[Any, np.dtype[np.in
     return np.union1d(chosen, finite[wide] + 1)
 
 
+def _frame(
+    timeline: Timeline, keep: np.ndarray[Any, np.dtype[np.int64]], points: int, **columns: Any
+) -> pd.DataFrame:
+    """Columns at the positions to keep, by step; where steps are missing, a row without values.
+
+    So a line breaks where records were lost. A gap too narrow to be seen is left closed.
+    """
+    step = timeline["step"]
+    jumps = np.diff(step)
+    wide = max(1, (step[-1] - step[0]) // points) if len(step) else 1
+    gaps = np.flatnonzero(jumps > wide)
+    keep = np.union1d(keep, np.concatenate([gaps, gaps + 1]))
+    frame = pd.DataFrame(
+        {"step": step[keep], **{name: values[keep] for name, values in columns.items()}}
+    )
+    if not len(gaps):
+        return frame
+    empty = pd.DataFrame({"step": step[gaps] + 1}).reindex(columns=frame.columns)
+    for name in frame.select_dtypes("bool"):
+        empty[name] = False
+    joined = pd.concat([frame, empty.astype(frame.dtypes)])
+    return joined.sort_values("step", kind="stable", ignore_index=True)
+
+
 def norms_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
     """Step, pre_norm, post_norm, threshold, clipped, time: thinned, for a log axis.
 
@@ -112,10 +137,9 @@ def norms_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
     pre = timeline["pre_norm"]
     drawable = np.where(pre > 0, pre, np.nan)
     keep = thin(np.log(drawable), points)
-    names = ("step", "time", "pre_norm", "post_norm", "threshold", "clipped", "skipped")
-    frame = pd.DataFrame({name: timeline[name][keep] for name in names})
-    frame["pre_norm"] = drawable[keep]
-    return frame
+    names = ("time", "post_norm", "threshold", "clipped", "skipped")
+    columns = {name: timeline[name] for name in names}
+    return _frame(timeline, keep, points, pre_norm=drawable, **columns)
 
 
 def clip_ratio(timeline: Timeline, window: int, points: int = 1500) -> pd.DataFrame:
@@ -124,9 +148,10 @@ def clip_ratio(timeline: Timeline, window: int, points: int = 1500) -> pd.DataFr
     total = np.concatenate([[0.0], np.cumsum(clipped)])
     if len(clipped) < window:
         return pd.DataFrame({"step": np.empty(0, np.int64), "clip_ratio": np.empty(0)})
-    ratio = (total[window:] - total[:-window]) / window
-    keep = thin(ratio, points)
-    return pd.DataFrame({"step": timeline["step"][window - 1 :][keep], "clip_ratio": ratio[keep]})
+    ratio = np.full(len(clipped), np.nan)
+    ratio[window - 1 :] = (total[window:] - total[:-window]) / window
+    keep = window - 1 + thin(ratio[window - 1 :], points)
+    return _frame(timeline, keep, points, clip_ratio=ratio)
 
 
 def loss_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
@@ -135,7 +160,7 @@ def loss_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
     if not np.isfinite(loss).any():
         return pd.DataFrame({"step": np.empty(0, np.int64), "loss": np.empty(0)})
     keep = thin(loss, points)
-    return pd.DataFrame({"step": timeline["step"][keep], "loss": loss[keep]})
+    return _frame(timeline, keep, points, loss=loss)
 
 
 def what_if(timeline: Timeline, threshold: float) -> tuple[float, int]:

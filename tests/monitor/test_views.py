@@ -41,10 +41,54 @@ def test_a_timeline_reads_only_what_is_new():
     assert timeline["step"].tolist() == list(range(20))
     assert timeline["pre_norm"][15] == 7.0
     with sqlite3.connect("gradwatch.db") as connection:
-        connection.execute("INSERT INTO attempts VALUES (1, 2, 5)")
+        connection.execute("INSERT INTO attempts VALUES (1, 2, 5, 0, 2)")
     timeline.refresh(store)
     assert timeline["step"].tolist() == list(range(5))
     agent.close()
+
+
+def test_steps_of_an_earlier_attempt_that_come_late_are_seen():
+    """Recovered after the resumed run had gone on: between steps that were read already."""
+    write_run(steps=10)
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute("DELETE FROM step_records WHERE step > 4")
+        connection.execute("UPDATE rings SET step_cursor = 5")
+        connection.execute("INSERT INTO attempts VALUES (1, 2, 8, 0, 2)")
+        copy = (
+            "INSERT INTO step_records SELECT run_id, {}, {}, time, loss, lr, pre_norm, post_norm, "
+            "threshold, loss_scale, clipped, nonfinite, nonfinite_loss, skipped FROM step_records "
+            "WHERE attempt = 1 AND step BETWEEN {} AND {}"
+        )
+        connection.execute(copy.format(2, "step + 8", 0, 1))
+    store = Store("gradwatch.db")
+    timeline = views.Timeline(1)
+    timeline.refresh(store)
+    assert timeline["step"].tolist() == [0, 1, 2, 3, 4, 8, 9]
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute(copy.format(1, "step + 5", 0, 4))
+        connection.execute("UPDATE rings SET step_cursor = 10")
+    timeline.refresh(store)
+    assert timeline["step"].tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("points", [10_000, 50])
+def test_a_gap_in_the_steps_is_a_gap_in_every_line(points):
+    """Between the steps around it a row without values; elsewhere the lines go on."""
+    write_run(norms=lognormal(1200))
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute("DELETE FROM step_records WHERE step BETWEEN 500 AND 799")
+    timeline = views.Timeline(1)
+    timeline.refresh(Store("gradwatch.db"))
+    for frame, column in (
+        (views.norms_chart(timeline, points), "pre_norm"),
+        (views.clip_ratio(timeline, 100, points), "clip_ratio"),
+        (views.loss_chart(timeline, points), "loss"),
+    ):
+        around = frame[frame["step"].between(499, 800)]
+        assert around["step"].tolist() == [499, 500, 800]
+        assert around[column].isna().tolist() == [False, True, False]
+        assert frame["step"].is_monotonic_increasing
+        assert frame[column].isna().sum() == 1
 
 
 @pytest.mark.parametrize("threshold", [0.5, 1.0, 1.7, 100.0])

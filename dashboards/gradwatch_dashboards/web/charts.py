@@ -27,6 +27,7 @@ _EVENT_COLOURS = {
     "loss spike": "#9467bd",
     "spike skipped": "#8c564b",
     "AMP overflow": "#8c8c8c",
+    "records lost": "#bcbd22",
 }
 _EVENT_NAMES = {
     "nonfinite_gradient": "NaN or inf",
@@ -35,6 +36,7 @@ _EVENT_NAMES = {
     "loss_spike": "loss spike",
     "spike_skipped": "spike skipped",
     "amp_overflow": "AMP overflow",
+    "records_dropped": "records lost",
 }
 _MARKS_AT_MOST = 200
 _LEGEND = alt.Legend(
@@ -84,7 +86,9 @@ def norms(frame: pd.DataFrame, events: pd.DataFrame) -> alt.LayerChart:
         .mark_line(strokeDash=[6, 4], strokeWidth=1.6, interpolate="step-after", clip=True)
         .encode(x=x, y=y, color=colour, tooltip=tips)
     )
-    kinds_marked = ("nonfinite_gradient", "grad_norm_spike", "spike_skipped", "amp_overflow")
+    kinds_marked = (
+        "nonfinite_gradient", "grad_norm_spike", "spike_skipped", "amp_overflow", "records_dropped"
+    )  # fmt: skip
     return _layered(_rules(events, kinds_marked, x), line, points, threshold, height=340)
 
 
