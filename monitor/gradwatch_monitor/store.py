@@ -24,7 +24,7 @@ from gradwatch.errors import (
     StoreNotFoundError,
 )
 from gradwatch.policies import ClipNorm
-from gradwatch.sinks.sqlite import writing_engine
+from gradwatch.sinks import postgres, sqlite
 from gradwatch_monitor.rows import Change, Event, Finding, Run, Summary
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ _FLAGS = {"clipped", "nonfinite", "nonfinite_loss", "skipped"}
 _steps = sa.table("steps", *(sa.column(c.name, c.type) for c in schema.step_records.columns))
 
 
-def _engine(url: str) -> sa.Engine:
+def _postgres_reader(url: str) -> sa.Engine:
     try:
-        return sa.create_engine(url)
+        return postgres.reading_engine(url)
     except (ImportError, sa.exc.ArgumentError) as error:
         msg = (
             f"{redact(url)}: {error}; pip install 'gradwatch[postgres]' brings the driver of "
@@ -74,7 +74,7 @@ class Store:
         self._url = resolve_store(url)
         path = sqlite_path(self._url)
         if path is None:
-            self._engine = _engine(self._url)
+            self._engine = _postgres_reader(self._url)
         else:
             if not path.exists():
                 msg = (
@@ -327,7 +327,11 @@ class Store:
     def _writing(self) -> Iterator[sa.Connection]:
         """A transaction of its own; the tables that control a job are all that is written here."""
         path = sqlite_path(self._url)
-        engine = self._engine if path is None else writing_engine(self._url, path)
+        engine = (
+            postgres.writing_engine(self._url)
+            if path is None
+            else sqlite.writing_engine(self._url, path)
+        )
         try:
             with engine.begin() as connection:
                 yield connection
@@ -336,8 +340,7 @@ class Store:
             msg = f"cannot write the store {self.name}: {reason[0]}"
             raise StoreError(msg) from error
         finally:
-            if path is not None:
-                engine.dispose()
+            engine.dispose()
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from gradwatch import schema
 from gradwatch.config import redact, resolve_store, sqlite_path
 from gradwatch.errors import StoreError, StoreNotFoundError
-from gradwatch.sinks.sqlite import writing_engine
+from gradwatch.sinks import postgres, sqlite
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -42,9 +42,13 @@ def migrate(url: str) -> tuple[str | None, str]:
     if path is not None and not path.exists():
         msg = f"there is no store at {redact(url)}"
         raise StoreNotFoundError(msg)
-    engine = sa.create_engine(url) if path is None else writing_engine(url, path)
+    engine = postgres.writing_engine(url) if path is None else sqlite.writing_engine(url, path)
     try:
         with engine.begin() as connection:
+            if path is None:
+                connection.exec_driver_sql("SET LOCAL statement_timeout TO 0")
+                postgres.be_durable(connection)
+                postgres.exclude_others(connection)
             before = schema.revision(connection)
             if before == schema.REVISION:
                 return before, before
