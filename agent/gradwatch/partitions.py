@@ -34,7 +34,7 @@ _EXISTING = text(
 
 def days_of(times: np.ndarray[Any, np.dtype[np.float64]]) -> set[int]:
     """The days, counted from 1970, whose partitions records of these Unix times need."""
-    days = np.unique(np.floor_divide(times, DAY_SECONDS))
+    days = np.unique(times[np.isfinite(times)] // DAY_SECONDS)
     return {int(day) for day in days[(days >= _FIRST) & (days < _END)]}
 
 

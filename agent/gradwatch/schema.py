@@ -214,7 +214,12 @@ recommendations = Table(
     Column("policy", JSON),
 )
 
-_version = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True))
+_version = Table(
+    VERSION_TABLE,
+    MetaData(),
+    Column("version_num", String(32)),
+    PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),  # as Alembic names it
+)
 
 # Attempt j shows only below the start_step of every later attempt. The bound depends on the
 # attempt alone, so it becomes a range on step_records' key.

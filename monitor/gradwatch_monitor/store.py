@@ -83,12 +83,11 @@ class Store:
                 )
                 raise StoreNotFoundError(msg)
             self._engine = _sqlite_reader(path)
-        with self._reading() as connection:
-            found = schema.revision(connection)
-            if found is None:
-                msg = f"{self.name} is a database, but not a gradwatch store"
-                raise StoreError(msg)
-            schema.check(found)
+        try:
+            self._check()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def name(self) -> str:
@@ -322,6 +321,14 @@ class Store:
     ) -> None:
         """Close it."""
         self.close()
+
+    def _check(self) -> None:
+        with self._reading() as connection:
+            found = schema.revision(connection)
+            if found is None:
+                msg = f"{self.name} is a database, but not a gradwatch store"
+                raise StoreError(msg)
+            schema.check(found)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
