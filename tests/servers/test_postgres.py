@@ -1,25 +1,19 @@
 """A real PostgreSQL as the store: what is in it equals what was trained, whatever is done to it."""
 
-import contextlib
-import json
 import math
-import signal
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
 
 import numpy as np
-import psycopg
 import pytest
 import sqlalchemy as sa
 import torch
 from loops import mlp, set_gradients, train
 from stores import write_run
 
-import gradwatch
-from gradwatch import Agent, errors, partitions, schema
+from gradwatch import Agent, errors, schema
 from gradwatch.recorder import STEP_DTYPE
 from gradwatch.records import Batch
 from gradwatch.sinks.database import DatabaseSink
@@ -263,7 +257,9 @@ def without_positions(columns):
 def test_migrations_make_what_the_agent_makes(postgres_server):
     """PostgreSQL's own catalogue cannot tell a migrated empty database from the agent's."""
     agents, migrated = postgres_server.new_database(), postgres_server.new_database()
-    DatabaseSink(agents).open(run_info())
+    sink = DatabaseSink(agents)
+    sink.open(run_info())
+    sink.dispose()
     assert migrate(migrated) == (None, schema.REVISION)
     assert migrate(migrated) == (schema.REVISION, schema.REVISION)
     one, other = (shape(lambda sql, u=u: postgres_server.query(u, sql)) for u in (agents, migrated))
@@ -439,3 +435,113 @@ def test_a_new_day_waits_for_no_reader(postgres_server, url):
         assert held == (0,)
         assert reader.execute("SELECT count(*) FROM steps").fetchone() == (6,)
     sink.dispose()
+
+
+# -- a server that goes away -------------------------------------------------------------------
+
+
+def started(url, name):
+    """A run that has stored ten steps."""
+    model = mlp()
+    optimizer = adamw(model)
+    agent = Agent(optimizer, model=model, store=url, run=name)
+    train(model, optimizer, 10)
+    assert agent.flush(30)
+    return agent, model, optimizer
+
+
+def test_a_server_that_is_stopped_and_started(postgres_server, url, query, caplog):
+    """Training goes on, one warning; what was recorded meanwhile is stored afterwards."""
+    agent, model, optimizer = started(url, "patient")
+    postgres_server.stop()
+    train(model, optimizer, 500)
+    assert not agent.flush(0.3)
+    train(model, optimizer, 500)
+    assert not agent.flush(0.3)
+    postgres_server.start()
+    assert agent.flush(60)
+    agent.close()
+    assert query("SELECT count(*), min(step), max(step) FROM steps") == [(1010, 0, 1009)]
+    assert len([m for m in caplog.messages if "records are kept" in m]) == 1
+    assert "takes records again" in caplog.messages[-1]
+    assert not agent._recording.channel.ring.path.exists()
+
+
+@pytest.fixture
+def forgetful(postgres_server):
+    """The server, keeping commits that need not be durable in memory until it is asked to stop."""
+    postgres_server.stop()
+    postgres_server.start(wal_writer_delay="10s")
+    yield postgres_server
+    postgres_server.stop()
+
+
+def test_a_server_that_is_killed_loses_nothing(forgetful, url, query):
+    """`kill -9` of the server under a live run, which has lost steps that it had said it stored."""
+    agent, model, optimizer = started(url, "robust")
+    train(model, optimizer, 300)
+    assert agent.flush(30)
+    forgetful.kill()
+    train(model, optimizer, 100)
+    forgetful.start(wal_writer_delay="10s")
+    assert query("SELECT count(*) FROM steps")[0][0] < 310
+    train(model, optimizer, 100)
+    assert agent.flush(60)
+    agent.close()
+    assert query("SELECT count(*), count(DISTINCT step), max(step) FROM step_records") == [
+        (510, 510, 509)
+    ]
+    assert query("SELECT status FROM runs") == [("finished",)]
+
+
+def test_a_run_that_ends_after_the_server_was_killed_keeps_its_ring(forgetful, url, query):
+    """All was stored, then the server lost it: the end of the run finds out and stores it again."""
+    agent, model, optimizer = started(url, "last")
+    train(model, optimizer, 300)
+    assert agent.flush(30)
+    forgetful.kill()
+    forgetful.start()
+    assert query("SELECT count(*) FROM steps")[0][0] < 310
+    agent.close()
+    assert query("SELECT count(*), max(step) FROM step_records") == [(310, 309)]
+    assert not agent._recording.channel.ring.path.exists()
+
+
+def test_what_has_ended_is_durable(forgetful, url, query):
+    """Once a run's ring is removed, killing the server loses nothing of it."""
+    agent, *_ = started(url, "ended")
+    agent.close()
+    assert not agent._recording.channel.ring.path.exists()
+    forgetful.kill()
+    forgetful.start()
+    assert query("SELECT status, count(*) FROM runs JOIN steps ON run_id = id GROUP BY 1") == [
+        ("finished", 10)
+    ]
+
+
+def test_a_database_that_was_emptied_gets_the_run_anew(url, query, caplog):
+    """Every table dropped under a live run: schema and run are made again from the ring."""
+    agent, model, optimizer = started(url, "phoenix")
+    query("DROP SCHEMA public CASCADE")
+    query("CREATE SCHEMA public")
+    train(model, optimizer, 10)
+    assert agent.flush(30)
+    agent.close()
+    assert query("SELECT count(*), max(step) FROM steps") == [(20, 19)]
+    assert any("stored anew" in m for m in caplog.messages)
+
+
+def test_a_connection_does_not_cross_a_fork(url, query):
+    """A forked child uses none of the parent's connection, and the parent goes on."""
+    import os
+
+    agent, model, optimizer = started(url, "parent")
+    child = os.fork()
+    if child == 0:
+        optimizer.step()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    train(model, optimizer, 10)
+    assert agent.flush(30)
+    agent.close()
+    assert query("SELECT count(*) FROM steps") == [(20,)]
