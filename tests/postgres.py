@@ -1,7 +1,6 @@
 """A PostgreSQL of the tests' own, which they may stop and kill; nothing of the system's is used."""
 
 import contextlib
-import glob
 import itertools
 import os
 import shutil
@@ -20,7 +19,7 @@ QUOTED = "s3cret%20pass%40word"
 
 def find_program(program):
     """A program of PostgreSQL's: Debian keeps the server's off the PATH."""
-    places = sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)
+    places = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
     return shutil.which(program, path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
 
 

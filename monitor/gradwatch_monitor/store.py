@@ -24,6 +24,7 @@ from gradwatch.errors import (
     StoreNotFoundError,
 )
 from gradwatch.policies import ClipNorm
+from gradwatch.secrets import scrub
 from gradwatch.sinks import postgres, sqlite
 from gradwatch_monitor.rows import Change, Event, Finding, Run, Summary
 
@@ -52,7 +53,7 @@ def _postgres_reader(url: str) -> sa.Engine:
         return postgres.reading_engine(url)
     except (ImportError, sa.exc.ArgumentError) as error:
         msg = (
-            f"{redact(url)}: {error}; pip install 'gradwatch[postgres]' brings the driver of "
+            f"{redact(url)}: {scrub(str(error), url)}; pip install 'gradwatch[postgres]' brings the driver of "
             "postgresql+psycopg:// URLs"
         )
         raise StoreError(msg) from None
@@ -344,7 +345,7 @@ class Store:
                 yield connection
         except (SQLAlchemyError, sqlite3.Error) as error:
             reason = str(getattr(error, "orig", None) or error).strip().splitlines()
-            msg = f"cannot write the store {self.name}: {reason[0]}"
+            msg = f"cannot write the store {self.name}: {scrub(reason[0], self._url)}"
             raise StoreError(msg) from error
         finally:
             engine.dispose()
@@ -358,7 +359,7 @@ class Store:
         except (SQLAlchemyError, sqlite3.Error, ImportError) as error:
             cause = getattr(error, "orig", None) or error
             reason = str(cause).strip().splitlines() or [type(cause).__name__]
-            msg = f"cannot read the store {self.name}: {reason[0]}"
+            msg = f"cannot read the store {self.name}: {scrub(reason[0], self._url)}"
             raise StoreError(msg) from error
         except StoreError as error:
             if self.name in str(error):

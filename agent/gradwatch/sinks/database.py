@@ -19,6 +19,7 @@ from gradwatch.config import redact, sqlite_path
 from gradwatch.errors import StoreError
 from gradwatch.records import ThresholdChange
 from gradwatch.schema import rings, runs
+from gradwatch.secrets import scrub
 from gradwatch.sinks import CursorMovedError, RunForgottenError, SinkError, postgres, rows, sqlite
 from gradwatch.sinks.register import register
 
@@ -249,7 +250,8 @@ class DatabaseSink:
                 raise RunForgottenError(self._forgotten) from error
             cause = getattr(error, "orig", None) or error
             reason = str(cause).strip().splitlines() or [type(cause).__name__]
-            msg = f"cannot write the store {redact(self.url)}: {reason[0]}"
+            told = scrub(reason[0], self.url)
+            msg = f"cannot write the store {redact(self.url)}: {told}"
             raise SinkError(msg) from error
 
 

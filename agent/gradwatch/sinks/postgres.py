@@ -75,7 +75,7 @@ WITH moved AS (
   FROM beat JOIN moved ON run_id = id, unnest({_ARRAYS}) AS new ({", ".join(f'"{f}"' for f in _FIELDS)})
   ON CONFLICT DO NOTHING
 )
-SELECT count(*) FROM beat"""
+SELECT count(*) FROM beat"""  # noqa: S608 - names of our own
 
 _STAGE = f"""\
 CREATE TEMPORARY TABLE IF NOT EXISTS staged_steps (step bigint, "time" float8,
@@ -83,7 +83,7 @@ CREATE TEMPORARY TABLE IF NOT EXISTS staged_steps (step bigint, "time" float8,
 _COPY = "COPY staged_steps FROM STDIN (FORMAT BINARY)"
 _UNSTAGE = f"""\
 INSERT INTO step_records ({_COLUMNS}) SELECT %s, %s, {_SELECTED} FROM staged_steps
-ON CONFLICT DO NOTHING"""
+ON CONFLICT DO NOTHING"""  # noqa: S608
 
 # COPY's binary format: a header; a row is the number of fields, then of each its length and bytes.
 _COPY_HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
@@ -191,7 +191,8 @@ def copy_steps(connection: sa.Connection, stored: Stored, steps: Records) -> Non
         packed[f"{name}_length"] = packed[name].itemsize
     dbapi: Any = connection.dialect.import_dbapi()
     try:
-        with connection.connection.cursor() as cursor, cursor.copy(_COPY) as copy:
+        driver: Any = connection.connection.driver_connection
+        with driver.cursor() as cursor, cursor.copy(_COPY) as copy:
             copy.write(_COPY_HEADER + packed.tobytes() + _COPY_END)
     except dbapi.Error as error:  # past SQLAlchemy, which would have done this
         raise sa.exc.DBAPIError(_COPY, None, error) from error

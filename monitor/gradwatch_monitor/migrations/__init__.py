@@ -11,6 +11,7 @@ import sqlalchemy as sa
 from gradwatch import schema
 from gradwatch.config import redact, resolve_store, sqlite_path
 from gradwatch.errors import StoreError, StoreNotFoundError
+from gradwatch.secrets import scrub
 from gradwatch.sinks import postgres, sqlite
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ def migrate(url: str) -> tuple[str | None, str]:
             return before, schema.revision(connection) or ""
     except (sa.exc.SQLAlchemyError, sqlite3.Error, CommandError, OSError) as error:
         cause = getattr(error, "orig", None) or error
-        msg = f"{redact(url)} cannot be migrated: {str(cause).strip().splitlines()[0]}"
+        reason = scrub(str(cause).strip().splitlines()[0], url)
+        msg = f"{redact(url)} cannot be migrated: {reason}"
         raise StoreError(msg) from None
     finally:
         engine.dispose()
