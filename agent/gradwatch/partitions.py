@@ -6,7 +6,7 @@ partition: attaching a day would lock it against all readers.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +28,7 @@ _LOCK = "SELECT pg_advisory_xact_lock(1735549287, 2)"
 # One that is on its way out (a DETACH that was cut short) takes no records any more.
 _EXISTING = text(
     "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
-    f"WHERE i.inhparent = '{_PARENT}'::regclass AND NOT i.inhdetachpending"
+    "WHERE i.inhparent = 'step_records'::regclass AND NOT i.inhdetachpending"
 )
 
 
@@ -40,7 +40,7 @@ def days_of(times: np.ndarray[Any, np.dtype[np.float64]]) -> set[int]:
 
 def name(day: int) -> str:
     """The partition's name, as in `step_records_20260131`."""
-    date = datetime.date(1970, 1, 1) + datetime.timedelta(days=day)
+    date = dt.date(1970, 1, 1) + dt.timedelta(days=day)
     return f"{_PARENT}_{date:%Y%m%d}"
 
 
@@ -49,8 +49,8 @@ def day_named(table: str) -> int | None:
     date = table.removeprefix(f"{_PARENT}_")
     if len(date) != 8 or not date.isdecimal():
         return None
-    found = datetime.date(int(date[:4]), int(date[4:6]), int(date[6:]))
-    return (found - datetime.date(1970, 1, 1)).days
+    found = dt.date(int(date[:4]), int(date[4:6]), int(date[6:]))
+    return (found - dt.date(1970, 1, 1)).days
 
 
 def existing(connection: Connection) -> set[int]:

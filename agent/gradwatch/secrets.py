@@ -13,9 +13,26 @@ __all__ = ["quoted", "redact", "scrub"]
 _HIDDEN = "***"
 # Parameters of a URL that are no secret; of any other only the name is shown.
 _PLAIN = frozenset(
-    "application_name channel_binding client_encoding connect_timeout dbname host hostaddr "
-    "keepalives keepalives_count keepalives_idle keepalives_interval mode port sslmode "
-    "target_session_attrs tcp_user_timeout timeout user".split()
+    [
+        "application_name",
+        "channel_binding",
+        "client_encoding",
+        "connect_timeout",
+        "dbname",
+        "host",
+        "hostaddr",
+        "keepalives",
+        "keepalives_count",
+        "keepalives_idle",
+        "keepalives_interval",
+        "mode",
+        "port",
+        "sslmode",
+        "target_session_attrs",
+        "tcp_user_timeout",
+        "timeout",
+        "user",
+    ]
 )
 _LEAST = 4  # a shorter secret is not looked for in a text: it would be found in other words
 _HOST = r"(\[[^\]@]*\]|[^@/?#\s:,\[\]]*)(:\d*)?"

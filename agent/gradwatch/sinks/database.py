@@ -205,11 +205,10 @@ class DatabaseSink:
             with self._transaction() as connection:
                 self._days = postgres.make_days(connection, days)
 
-    def _single(self) -> sa.Engine:
+    def _single(self, engine: sa.Engine) -> sa.Engine:
         """The same engine, each of whose statements is a transaction: one round trip, not three."""
         if self._autocommit is None:
-            assert self._engine is not None
-            self._autocommit = self._engine.execution_options(isolation_level="AUTOCOMMIT")
+            self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
         return self._autocommit
 
     def _write_small(self, run: RunInfo, batch: Batch) -> bool:
@@ -239,7 +238,8 @@ class DatabaseSink:
                     if self._path is None
                     else sqlite.writing_engine(self.url, self._path)
                 )
-            with (self._single() if single else self._engine).begin() as connection:
+            engine = self._single(self._engine) if single else self._engine
+            with engine.begin() as connection:
                 self._file = _identity(self._path) if self._path is not None else None
                 if durable and self._path is None:
                     postgres.be_durable(connection)
