@@ -77,8 +77,10 @@ def one_job(folder, seconds, pace):
     connection.close()
     size = Path(f"{folder}/one.db").stat().st_size
     return [
-        f"SQLite, one job: {step / took:,.0f} records/s for {took:.0f} s: {stored:,} of {step:,} "
-        f"stored, greatest backlog {worst:,} of 131,072, caught up in {caught_up:.2f} s",
+        (
+            f"SQLite, one job: {step / took:,.0f} records/s for {took:.0f} s: {stored:,} of {step:,} "
+            f"stored, greatest backlog {worst:,} of 131,072, caught up in {caught_up:.2f} s"
+        ),
         f"SQLite: {size / stored:.1f} bytes a step, all files and tables",
     ]
 
