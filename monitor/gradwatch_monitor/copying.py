@@ -166,10 +166,10 @@ def _copy_by_step(
     if last is not None:
         query = query.where(table.c.step >= last)
     count = 0
-    with from_._reading() as reading:
-        for part in reading.execute(query.execution_options(yield_per=_BATCH)).partitions():
-            batch = [(new, *row[1:]) for row in part]
-            count += _store(to, table, batch)
+    query = query.execution_options(yield_per=_BATCH)
+    with from_._reading() as reading, reading.execute(query) as found:
+        for part in found.partitions():
+            count += _store(to, table, [(new, *row[1:]) for row in part])
     return count
 
 
