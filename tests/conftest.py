@@ -30,17 +30,37 @@ def _apart(tmp_path, monkeypatch):
         process._process.pipeline = None
 
 
+def found(path, program, package):
+    """The path; skips where there is none, naming the package, or fails where it must not."""
+    if path is None:
+        message = f"{program} is not installed: apt-get install {package}"
+        if os.environ.get("REQUIRE_TEST_SERVERS") == "required":
+            pytest.fail(message)
+        pytest.skip(message)
+    return path
+
+
 @pytest.fixture
 def server_program():
-    """The path of a server's program; skips where it is not installed, naming the package."""
+    """The path of a server's program."""
+    return lambda program, package: found(shutil.which(program), program, package)
 
-    def find(program, package):
-        path = shutil.which(program)
-        if path is None:
-            message = f"{program} is not installed: apt-get install {package}"
-            if os.environ.get("REQUIRE_TEST_SERVERS") == "required":
-                pytest.fail(message)
-            pytest.skip(message)
-        return path
 
-    return find
+@pytest.fixture(scope="session")
+def _postgres_server():
+    """A real PostgreSQL, started once."""
+    import postgres
+
+    server = postgres.PostgresServer(
+        found(postgres.find_program("initdb"), "PostgreSQL's initdb", "postgresql")
+    )
+    yield server
+    server.remove()
+
+
+@pytest.fixture
+def postgres_server(_postgres_server):
+    """The same, running: the test before may have stopped it."""
+    if _postgres_server.process is None or _postgres_server.process.poll() is not None:
+        _postgres_server.start()
+    return _postgres_server

@@ -7,7 +7,6 @@ the default written here.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -17,12 +16,11 @@ from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from gradwatch.errors import ConfigurationError
+from gradwatch.secrets import quoted, redact
 
 __all__ = ["DEFAULT_STORE", "Settings", "redact", "resolve_store", "sqlite_path"]
 
 DEFAULT_STORE = "sqlite:///gradwatch.db"
-# SQLAlchemy hides user:password@, but not what a driver takes in the query.
-_SECRET = re.compile(r"(?i)([a-z_]*(?:password|passwd|pwd|secret|token))=[^&\s]+")
 
 
 class Settings(BaseSettings):
@@ -159,7 +157,7 @@ def resolve_store(url: str) -> str:
         if "://" not in url and not url.startswith("sqlite:"):
             parsed = URL.create("sqlite", database=url)
         else:
-            parsed = make_url(url)
+            parsed = make_url(quoted(url))
     except (ArgumentError, ValueError):
         msg = (
             f"store {redact(url)!r} is not a database URL; "
@@ -187,13 +185,3 @@ def sqlite_path(url: str) -> Path | None:
     if parsed.get_backend_name() != "sqlite" or not parsed.database:
         return None
     return Path(parsed.database)
-
-
-def redact(url: str) -> str:
-    """The URL without its secrets, wherever they stand: fit for a log, an error or a page."""
-    try:
-        shown = make_url(url).render_as_string(hide_password=True)
-    except (ArgumentError, ValueError):
-        scheme, separator, rest = url.partition("://")
-        shown = f"{scheme}{separator}***" if separator and rest else url
-    return _SECRET.sub(r"\1=***", shown)

@@ -76,6 +76,8 @@ class Delivery:
         fault = f"{outlet.name} {id(outlet.sink)}"
         try:
             worked = act(channel, outlet)
+        except CursorMovedError as moved:  # not where we left it: go on from there
+            outlet.steps, outlet.events = moved.steps, moved.events
         except Exception as error:  # noqa: BLE001 - a sink may be anybody's; the others go on
             outlet.failures += 1
             pause = min(_RETRY_SECONDS, self.retry * 2.0**outlet.failures)

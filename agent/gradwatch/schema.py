@@ -18,6 +18,7 @@ from sqlalchemy import (
     Index,
     Integer,
     MetaData,
+    PrimaryKeyConstraint,
     String,
     Table,
     Text,
@@ -27,6 +28,7 @@ from sqlalchemy import (
     text,
 )
 
+from gradwatch import partitions
 from gradwatch.errors import StoreError, StoreRevisionError
 
 if TYPE_CHECKING:
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REVISION",
-    "STEPS_VIEW",
     "VERSION_TABLE",
     "attempts",
     "check",
@@ -48,6 +49,8 @@ __all__ = [
     "rings",
     "runs",
     "step_records",
+    "steps_view",
+    "tables",
     "threshold_changes",
 ]
 
@@ -130,6 +133,7 @@ step_records = Table(
     Column("nonfinite_loss", Boolean, nullable=False),
     Column("skipped", Boolean, nullable=False),
     sqlite_with_rowid=False,
+    postgresql_partition_by="RANGE (time)",
 )
 
 events = Table(
@@ -210,12 +214,17 @@ recommendations = Table(
     Column("policy", JSON),
 )
 
-_version = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True))
+_version = Table(
+    VERSION_TABLE,
+    MetaData(),
+    Column("version_num", String(32)),
+    PrimaryKeyConstraint("version_num", name=f"{VERSION_TABLE}_pkc"),  # as Alembic names it
+)
 
 # Attempt j shows only below the start_step of every later attempt. The bound depends on the
 # attempt alone, so it becomes a range on step_records' key.
 _COLUMNS = ", ".join(f"r.{c.name}" for c in step_records.columns)
-STEPS_VIEW = f"""\
+_STEPS_VIEW = f"""\
 CREATE VIEW steps AS
 SELECT {_COLUMNS}
 FROM attempts a CROSS JOIN step_records r
@@ -223,6 +232,35 @@ WHERE r.run_id = a.run_id AND r.attempt = a.attempt
   AND r.step < COALESCE(
     (SELECT MIN(b.start_step) FROM attempts b WHERE b.run_id = a.run_id AND b.position > a.position),
     9223372036854775807)"""  # noqa: S608 - names of our own
+# The same; PostgreSQL would look up the bound once a step, did it not stand in the FROM clause.
+_STEPS_VIEW_LATERAL = f"""\
+CREATE VIEW steps AS
+SELECT {_COLUMNS}
+FROM attempts a
+CROSS JOIN LATERAL (
+  SELECT COALESCE(MIN(b.start_step), 9223372036854775807) AS stop
+  FROM attempts b WHERE b.run_id = a.run_id AND b.position > a.position) later
+JOIN step_records r ON r.run_id = a.run_id AND r.attempt = a.attempt AND r.step < later.stop"""  # noqa: S608
+
+
+def steps_view(dialect: str) -> str:
+    """The statement that makes the view `steps` in this kind of database."""
+    return _STEPS_VIEW_LATERAL if dialect == "postgresql" else _STEPS_VIEW
+
+
+def tables(dialect: str) -> MetaData:
+    """The tables as they are made: on PostgreSQL the partitioned one has `time` in its key."""
+    if dialect != "postgresql":
+        return metadata
+    made = MetaData(naming_convention=metadata.naming_convention)
+    for table in metadata.sorted_tables:
+        table.to_metadata(made)
+    records = made.tables["step_records"]
+    records.c.time.primary_key = True
+    records.append_constraint(
+        PrimaryKeyConstraint(*(records.c[c] for c in ("run_id", "attempt", "step", "time")))
+    )
+    return made
 
 
 def revision(connection: Connection) -> str | None:
@@ -262,7 +300,10 @@ def create(connection: Connection) -> None:
     if found is not None:
         check(found)
         return
-    metadata.create_all(connection)
-    connection.execute(text(STEPS_VIEW))
+    dialect = connection.dialect.name
+    tables(dialect).create_all(connection)
+    if dialect == "postgresql":
+        partitions.make_outer(connection)
+    connection.execute(text(steps_view(dialect)))
     _version.create(connection)
     connection.execute(_version.insert().values(version_num=REVISION))

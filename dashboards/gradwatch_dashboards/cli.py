@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import getpass
-import json
-import math
 import os
 import sys
 import time
@@ -14,11 +12,15 @@ from pathlib import Path  # noqa: TC003 - typer reads the annotation
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from gradwatch.errors import ConfigurationError, GradwatchError
+from gradwatch_dashboards import store_verbs
+from gradwatch_dashboards.terminal import NOT_FOUND, USAGE, JsonOption, StoreOption, err, out
+from gradwatch_dashboards.terminal import need as _need
+from gradwatch_dashboards.terminal import print_json as _print_json
+from gradwatch_dashboards.terminal import store_url as _store_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,9 +28,6 @@ if TYPE_CHECKING:
     from gradwatch_monitor.store import Run, Store
 
 __all__ = ["app", "main"]
-
-NOT_FOUND = 1  # also: there is a finding
-USAGE = 2
 
 app = typer.Typer(
     name="gradwatch",
@@ -38,23 +37,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-store_app = typer.Typer(help="Look after a store.", no_args_is_help=True)
-app.add_typer(store_app, name="store")
+app.add_typer(store_verbs.app, name="store")
 
-StoreOption = Annotated[
-    str | None,
-    typer.Option(
-        "--store",
-        metavar="URL",
-        help="The store: a database URL or a file's path [default: GRADWATCH_STORE, else "
-        "gradwatch.db here].",
-    ),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, uid or id.")]
-
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def main() -> None:
@@ -338,28 +323,7 @@ def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
         raise typer.Exit(NOT_FOUND)
 
 
-@store_app.command()
-def migrate(store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Bring a store's schema up to this version's."""
-    _need("alembic", extra="monitor", verb="store migrate")
-    from gradwatch_monitor.migrations import migrate as migrate_store  # noqa: PLC0415
-
-    before, after = migrate_store(_store_url(store))
-    if as_json:
-        _print_json({"before": before, "after": after})
-    elif before == after:
-        out.print(f"The store is at revision {after} already.")
-    else:
-        out.print(f"The store went from revision {before or 'none'} to {after}.")
-
-
 # -- what verbs share --------------------------------------------------------------------------
-
-
-def _store_url(store: str | None) -> str:
-    from gradwatch.config import Settings  # noqa: PLC0415
-
-    return Settings.load(**({} if store is None else {"store": store})).store
 
 
 @contextlib.contextmanager
@@ -378,16 +342,6 @@ def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _need(*modules: str, extra: str, verb: str) -> None:
-    """Say which extra a verb needs, before it fails somewhere inside."""
-    from importlib.util import find_spec  # noqa: PLC0415
-
-    missing = [module for module in modules if find_spec(module) is None]
-    if missing:
-        msg = f"`gradwatch {verb}` needs {', '.join(missing)}: pip install 'gradwatch[{extra}]'"
-        raise ConfigurationError(msg)
 
 
 def _announce(page: str, url: str, *, as_json: bool) -> None:
@@ -418,21 +372,6 @@ def _status_in_full(run: Run) -> str:
 def _steps(store: Store, run: Run) -> int:
     last = store.last_step(run.id)
     return 0 if last is None else last + 1
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(_plain(value), indent=2, default=str))  # noqa: T201 - rich would wrap it
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no NaN: say null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _user() -> str:

@@ -24,7 +24,8 @@ from gradwatch.errors import (
     StoreNotFoundError,
 )
 from gradwatch.policies import ClipNorm
-from gradwatch.sinks.sqlite import writing_engine
+from gradwatch.secrets import scrub
+from gradwatch.sinks import postgres, sqlite
 from gradwatch_monitor.rows import Change, Event, Finding, Run, Summary
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ _FLAGS = {"clipped", "nonfinite", "nonfinite_loss", "skipped"}
 _steps = sa.table("steps", *(sa.column(c.name, c.type) for c in schema.step_records.columns))
 
 
-def _engine(url: str) -> sa.Engine:
+def _postgres_reader(url: str) -> sa.Engine:
     try:
-        return sa.create_engine(url)
+        return postgres.reading_engine(url)
     except (ImportError, sa.exc.ArgumentError) as error:
         msg = (
-            f"{redact(url)}: {error}; pip install 'gradwatch[postgres]' brings the driver of "
+            f"{redact(url)}: {scrub(str(error), url)}; pip install 'gradwatch[postgres]' brings the driver of "
             "postgresql+psycopg:// URLs"
         )
         raise StoreError(msg) from None
@@ -74,7 +75,7 @@ class Store:
         self._url = resolve_store(url)
         path = sqlite_path(self._url)
         if path is None:
-            self._engine = _engine(self._url)
+            self._engine = _postgres_reader(self._url)
         else:
             if not path.exists():
                 msg = (
@@ -83,12 +84,11 @@ class Store:
                 )
                 raise StoreNotFoundError(msg)
             self._engine = _sqlite_reader(path)
-        with self._reading() as connection:
-            found = schema.revision(connection)
-            if found is None:
-                msg = f"{self.name} is a database, but not a gradwatch store"
-                raise StoreError(msg)
-            schema.check(found)
+        try:
+            self._check()
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def name(self) -> str:
@@ -338,21 +338,32 @@ class Store:
         """Close it."""
         self.close()
 
+    def _check(self) -> None:
+        with self._reading() as connection:
+            found = schema.revision(connection)
+            if found is None:
+                msg = f"{self.name} is a database, but not a gradwatch store"
+                raise StoreError(msg)
+            schema.check(found)
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sa.Connection]:
         """A transaction of its own; the tables that control a job are all that is written here."""
         path = sqlite_path(self._url)
-        engine = self._engine if path is None else writing_engine(self._url, path)
+        engine = (
+            postgres.writing_engine(self._url)
+            if path is None
+            else sqlite.writing_engine(self._url, path)
+        )
         try:
             with engine.begin() as connection:
                 yield connection
         except (SQLAlchemyError, sqlite3.Error) as error:
             reason = str(getattr(error, "orig", None) or error).strip().splitlines()
-            msg = f"cannot write the store {self.name}: {reason[0]}"
+            msg = f"cannot write the store {self.name}: {scrub(reason[0], self._url)}"
             raise StoreError(msg) from error
         finally:
-            if path is not None:
-                engine.dispose()
+            engine.dispose()
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sa.Connection]:
@@ -363,7 +374,7 @@ class Store:
         except (SQLAlchemyError, sqlite3.Error, ImportError) as error:
             cause = getattr(error, "orig", None) or error
             reason = str(cause).strip().splitlines() or [type(cause).__name__]
-            msg = f"cannot read the store {self.name}: {reason[0]}"
+            msg = f"cannot read the store {self.name}: {scrub(reason[0], self._url)}"
             raise StoreError(msg) from error
         except StoreError as error:
             if self.name in str(error):

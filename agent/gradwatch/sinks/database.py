@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
-from gradwatch import schema
+from gradwatch import partitions, schema
 from gradwatch.config import redact, sqlite_path
 from gradwatch.errors import StoreError
 from gradwatch.records import ThresholdChange
 from gradwatch.schema import rings, runs
-from gradwatch.sinks import CursorMovedError, RunForgottenError, SinkError, rows, sqlite
+from gradwatch.secrets import scrub
+from gradwatch.sinks import CursorMovedError, RunForgottenError, SinkError, postgres, rows, sqlite
 from gradwatch.sinks.register import bury, register
 
 if TYPE_CHECKING:
@@ -39,15 +40,20 @@ class DatabaseSink:
         self._clock = clock
         self._path = sqlite_path(url)
         self._engine: sa.Engine | None = None
+        self._autocommit: sa.Engine | None = None
         self._stored: dict[str, rows.Stored] = {}  # by ring
         self._file: tuple[int, int] | None = None  # which file the connection is to
+        self._cursors: dict[str, tuple[int, int]] = {}  # by ring: what the store said or was told
+        self._days: set[int] = set()  # partitions that are there
         self._forgotten = f"the store {redact(url)} was deleted or emptied; the run is stored anew"
 
     # -- the Sink protocol ---------------------------------------------------------------------
 
     def open(self, run: RunInfo) -> RunInfo:
         """Register the run (or a further attempt of it); the store settles its uid and name."""
-        with self._transaction() as connection:
+        with self._transaction(durable=True) as connection:
+            if self._path is None:
+                postgres.exclude_others(connection)
             schema.create(connection)
             registered = register(connection, run, self._clock())
             if registered.resumed is not None:
@@ -57,28 +63,50 @@ class DatabaseSink:
 
     def write(self, run: RunInfo, batch: Batch) -> None:
         """Store the batch and move the ring's cursor, in one transaction."""
+        try:
+            self._write(run, batch)
+        except SinkError as error:
+            if not postgres.has_no_partition(error.__cause__):
+                raise
+            self._write(run, batch)  # the failure has made us forget which days there are
+        self._cursors[run.ring] = batch.last
+        if self._engine is not None and self._path is not None:
+            sqlite.checkpoint(self._engine, self._path)
+
+    def _write(self, run: RunInfo, batch: Batch) -> None:
         stored = self._stored[run.ring]
+        if self._path is None:
+            self._make_days(batch)
+            if postgres.is_small(run, batch) and self._write_small(run, batch):
+                return
         with self._transaction() as connection:
             self._move_cursor(connection, run.ring, batch)
-            rows.insert_steps(connection, stored, batch.steps)
+            if self._path is None:
+                postgres.copy_steps(connection, stored, batch.steps)
+            else:
+                rows.insert_steps(connection, stored, batch.steps)
             rows.insert_events(connection, stored, batch.events)
             rows.insert_layers(connection, stored, batch.layers)
             for finding in batch.findings:
                 rows.upsert_finding(connection, stored, finding, self._clock())
             if not run.recovered:
                 self._beat(connection, stored)
-        if self._engine is not None and self._path is not None:
-            sqlite.checkpoint(self._engine, self._path)
 
     def heartbeat(self, run: RunInfo) -> None:
         """Say that the run is alive."""
         with self._transaction() as connection:
+            self._check_cursor(connection, run.ring)
             self._beat(connection, self._stored[run.ring])
 
     def close(self, run: RunInfo, status: RunStatus | None) -> None:
-        """Note how the run ended. The ring's cursor stays: its file may outlive it."""
+        """Note how the run ended. The ring's cursor stays: its file may outlive it.
+
+        Raises `CursorMovedError` where the database has lost what it had taken (its server was
+        killed): the ring has it still, and must not be removed.
+        """
         stored = self._stored[run.ring]
-        with self._transaction() as connection:
+        with self._transaction(durable=True) as connection:
+            self._check_cursor(connection, run.ring)
             if run.recovered:
                 bury(connection, run, stored, status)
             elif status is not None and run.rank == 0:
@@ -86,6 +114,7 @@ class DatabaseSink:
             else:
                 self._beat(connection, stored)
         del self._stored[run.ring]
+        self._cursors.pop(run.ring, None)
         if not self._stored and self._engine is not None:
             if self._path is not None:
                 sqlite.checkpoint(self._engine, self._path, final=True)
@@ -126,7 +155,8 @@ class DatabaseSink:
         """Let the connection go; the next transaction makes another."""
         if self._engine is not None:
             self._engine.dispose()
-            self._engine = None
+            self._engine = self._autocommit = None
+        self._days = set()  # somebody may have dropped one
 
     # -- inside a transaction ------------------------------------------------------------------
 
@@ -140,12 +170,25 @@ class DatabaseSink:
         ).rowcount
         if moved:
             return
+        self._raise_moved(connection, ring)
+
+    def _check_cursor(self, connection: sa.Connection, ring: str) -> None:
+        """Raise where the cursor is not where this sink left it."""
+        expected = self._cursors.get(ring)
+        if expected is not None and self._cursor(connection, ring) != expected:
+            self._raise_moved(connection, ring)
+
+    def _raise_moved(self, connection: sa.Connection, ring: str) -> NoReturn:
+        at = self._cursors[ring] = self._cursor(connection, ring)
+        raise CursorMovedError(*at)
+
+    def _cursor(self, connection: sa.Connection, ring: str) -> tuple[int, int]:
         at = connection.execute(
             sa.select(rings.c.step_cursor, rings.c.event_cursor).where(rings.c.ring == ring)
         ).one_or_none()
         if at is None:
             raise RunForgottenError(self._forgotten)
-        raise CursorMovedError(at.step_cursor, at.event_cursor)
+        return at.step_cursor, at.event_cursor
 
     def _beat(self, connection: sa.Connection, stored: rows.Stored, **values: object) -> None:
         found = connection.execute(
@@ -156,28 +199,62 @@ class DatabaseSink:
         if not found:
             raise RunForgottenError(self._forgotten)
 
+    # -- on PostgreSQL -------------------------------------------------------------------------
+
+    def _make_days(self, batch: Batch) -> None:
+        """Make the partitions that the batch needs, in a transaction of their own."""
+        days = partitions.days_of(batch.steps["time"])
+        if not days <= self._days:
+            with self._transaction() as connection:
+                self._days = postgres.make_days(connection, days)
+
+    def _single(self, engine: sa.Engine) -> sa.Engine:
+        """The same engine, each of whose statements is a transaction: one round trip, not three."""
+        if self._autocommit is None:
+            self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
+        return self._autocommit
+
+    def _write_small(self, run: RunInfo, batch: Batch) -> bool:
+        """Whether the batch was stored by one statement, which is a transaction by itself."""
+        with self._transaction(single=True) as connection:
+            return postgres.store_small(
+                connection, run.ring, self._stored[run.ring], batch, self._clock()
+            )
+
+    # -- the connection ------------------------------------------------------------------------
+
     @contextlib.contextmanager
-    def _transaction(self) -> Iterator[sa.Connection]:
-        """All or nothing, excluding other writers. What goes wrong becomes a `SinkError`."""
+    def _transaction(
+        self, *, durable: bool = False, single: bool = False
+    ) -> Iterator[sa.Connection]:
+        """All or nothing; on SQLite excluding other writers. What goes wrong becomes a `SinkError`.
+
+        `durable`: its end waits for the disk, where the database does not do so anyway. `single`:
+        it will be one statement.
+        """
         try:
             if self._path is not None and self._file != _identity(self._path):
                 self.dispose()  # deleted, or another file in its place: do not write into the void
             if self._engine is None:
                 self._engine = (
-                    sa.create_engine(self.url, json_serializer=rows.strict_json)
+                    postgres.writing_engine(self.url)
                     if self._path is None
                     else sqlite.writing_engine(self.url, self._path)
                 )
-            with self._engine.begin() as connection:
+            engine = self._single(self._engine) if single else self._engine
+            with engine.begin() as connection:
                 self._file = _identity(self._path) if self._path is not None else None
+                if durable and self._path is None:
+                    postgres.be_durable(connection)
                 yield connection
         except (SQLAlchemyError, sqlite3.Error, StoreError, OSError, ImportError) as error:
             self.dispose()
-            if "no such table" in str(error):
+            if "no such table" in str(error) or postgres.has_no_table(error):
                 raise RunForgottenError(self._forgotten) from error
             cause = getattr(error, "orig", None) or error
             reason = str(cause).strip().splitlines() or [type(cause).__name__]
-            msg = f"cannot write the store {redact(self.url)}: {reason[0]}"
+            told = scrub(reason[0], self.url)
+            msg = f"cannot write the store {redact(self.url)}: {told}"
             raise SinkError(msg) from error
 
 

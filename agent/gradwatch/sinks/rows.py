@@ -22,6 +22,7 @@ __all__ = [
     "Stored",
     "insert_events",
     "insert_layers",
+    "insert_statement",
     "insert_steps",
     "strict_json",
     "upsert_finding",
@@ -46,7 +47,7 @@ def insert_steps(
     """Store step records."""
     if not len(steps) or stored.rank != 0:
         return
-    statement = _insert_rows(connection, schema.step_records)
+    statement = insert_statement(connection, schema.step_records)
     connection.exec_driver_sql(statement, _step_rows(stored, steps))
 
 
@@ -105,7 +106,7 @@ def insert_layers(connection: sa.Connection, stored: Stored, samples: Sequence[L
         if grad == grad or weight == weight  # noqa: PLR0124 - absent altogether where both are NaN
     ]
     if rows:
-        connection.exec_driver_sql(_insert_rows(connection, schema.layer_norms), rows)
+        connection.exec_driver_sql(insert_statement(connection, schema.layer_norms), rows)
 
 
 def upsert_finding(connection: sa.Connection, stored: Stored, finding: Finding, now: float) -> None:
@@ -155,7 +156,7 @@ def _step_rows(stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]) -> lis
     return list(zip(*columns, strict=True))
 
 
-def _insert_rows(connection: sa.Connection, table: sa.Table) -> str:
+def insert_statement(connection: sa.Connection, table: sa.Table) -> str:
     """An INSERT of all columns for the driver's executemany: a third of SQLAlchemy's own time."""
     columns = table.columns.keys()
     mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"

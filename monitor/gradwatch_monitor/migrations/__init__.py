@@ -11,7 +11,8 @@ import sqlalchemy as sa
 from gradwatch import schema
 from gradwatch.config import redact, resolve_store, sqlite_path
 from gradwatch.errors import StoreError, StoreNotFoundError
-from gradwatch.sinks.sqlite import writing_engine
+from gradwatch.secrets import scrub
+from gradwatch.sinks import postgres, sqlite
 
 if TYPE_CHECKING:
     from alembic.config import Config
@@ -42,9 +43,13 @@ def migrate(url: str) -> tuple[str | None, str]:
     if path is not None and not path.exists():
         msg = f"there is no store at {redact(url)}"
         raise StoreNotFoundError(msg)
-    engine = sa.create_engine(url) if path is None else writing_engine(url, path)
+    engine = postgres.writing_engine(url) if path is None else sqlite.writing_engine(url, path)
     try:
         with engine.begin() as connection:
+            if path is None:
+                connection.exec_driver_sql("SET LOCAL statement_timeout TO 0")
+                postgres.be_durable(connection)
+                postgres.exclude_others(connection)
             before = schema.revision(connection)
             if before == schema.REVISION:
                 return before, before
@@ -55,7 +60,8 @@ def migrate(url: str) -> tuple[str | None, str]:
             return before, schema.revision(connection) or ""
     except (sa.exc.SQLAlchemyError, sqlite3.Error, CommandError, OSError) as error:
         cause = getattr(error, "orig", None) or error
-        msg = f"{redact(url)} cannot be migrated: {str(cause).strip().splitlines()[0]}"
+        reason = scrub(str(cause).strip().splitlines()[0], url)
+        msg = f"{redact(url)} cannot be migrated: {reason}"
         raise StoreError(msg) from None
     finally:
         engine.dispose()

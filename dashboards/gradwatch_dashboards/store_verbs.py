@@ -1,0 +1,113 @@
+"""`gradwatch store …`: looking after a store. Parse and call, like the other verbs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from gradwatch_dashboards.terminal import (
+    NOT_FOUND,
+    JsonOption,
+    StoreOption,
+    err,
+    need,
+    out,
+    print_json,
+    store_url,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Look after a store.", no_args_is_help=True)
+
+
+@app.command()
+def migrate(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Bring a store's schema up to this version's."""
+    need("alembic", extra="monitor", verb="store migrate")
+    from gradwatch_monitor.migrations import migrate as migrate_store  # noqa: PLC0415
+
+    before, after = migrate_store(store_url(store))
+    if as_json:
+        print_json({"before": before, "after": after})
+    elif before == after:
+        out.print(f"The store is at revision {after} already.")
+    else:
+        out.print(f"The store went from revision {before or 'none'} to {after}.")
+
+
+@app.command()
+def prune(
+    older_than: Annotated[
+        str, typer.Option("--older-than", metavar="30d", help="Days, weeks or years: 30d, 8w, 1y.")
+    ],
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remove steps, layer norms and events that are older, by whole days; never of a live run."""
+    from gradwatch_monitor import retention  # noqa: PLC0415
+
+    older = retention.days(older_than)
+    with _progress("pruning") as progress:
+        pruned = retention.prune(store_url(store), older, progress=progress)
+    if as_json:
+        print_json(dataclasses.asdict(pruned))
+        return
+    out.print(
+        f"Removed {pruned.steps:,} steps, {pruned.layer_norms:,} layer norms, {pruned.events:,} "
+        f"events and {pruned.runs:,} runs of which nothing was left."
+    )
+
+
+@app.command()
+def copy(
+    source: Annotated[str, typer.Argument(metavar="FROM", help="A database URL or a file's path.")],
+    target: Annotated[str, typer.Argument(metavar="TO", help="The same; made where missing.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Copy all runs into another store; run again, it adds only what is not there yet."""
+    from gradwatch_monitor import copying  # noqa: PLC0415
+
+    with _progress("copying") as progress:
+        copied = copying.copy(source, target, progress=progress)
+    if as_json:
+        print_json(dataclasses.asdict(copied))
+        return
+    out.print(
+        f"Copied {copied.runs:,} runs, {copied.steps:,} steps, {copied.layer_norms:,} layer norms "
+        f"and {copied.others:,} events and other rows that were not there yet."
+    )
+
+
+@app.command()
+def check(store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Check that a store is whole; exit status 1 where something is wrong."""
+    from gradwatch_monitor import integrity  # noqa: PLC0415
+
+    with _progress("checking") as progress:
+        problems = integrity.check(store_url(store), progress=progress)
+    if as_json:
+        print_json([problem._asdict() for problem in problems])
+    elif not problems:
+        out.print("Nothing is wrong.")
+    for problem in () if as_json else problems:
+        out.print(f"{problem.kind}: {escape(problem.detail)}")
+    if problems:
+        raise typer.Exit(NOT_FOUND)
+
+
+@contextlib.contextmanager
+def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal."""
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

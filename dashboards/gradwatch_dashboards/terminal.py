@@ -1,0 +1,74 @@
+"""What the verbs of the command line share: options, consoles, JSON, a word on missing extras."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from gradwatch.errors import ConfigurationError
+
+__all__ = [
+    "NOT_FOUND",
+    "USAGE",
+    "JsonOption",
+    "StoreOption",
+    "err",
+    "need",
+    "out",
+    "print_json",
+    "store_url",
+]
+
+NOT_FOUND = 1  # also: there is a finding
+USAGE = 2
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option(
+        "--store",
+        metavar="URL",
+        help="The store: a database URL or a file's path [default: GRADWATCH_STORE, else "
+        "gradwatch.db here].",
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def store_url(store: str | None) -> str:
+    """The store that was asked for, or the setting's."""
+    from gradwatch.config import Settings  # noqa: PLC0415
+
+    return Settings.load(**({} if store is None else {"store": store})).store
+
+
+def need(*modules: str, extra: str, verb: str) -> None:
+    """Say which extra a verb needs, before it fails somewhere inside."""
+    from importlib.util import find_spec  # noqa: PLC0415
+
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        msg = f"`gradwatch {verb}` needs {', '.join(missing)}: pip install 'gradwatch[{extra}]'"
+        raise ConfigurationError(msg)
+
+
+def print_json(value: Any) -> None:
+    """Print it as JSON."""
+    print(json.dumps(_plain(value), indent=2, default=str))  # noqa: T201 - rich would wrap it
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: say null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

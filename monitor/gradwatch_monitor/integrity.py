@@ -1,0 +1,139 @@
+"""Is a store whole? Damaged pages, rows of runs that are not there, steps missing or twice."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import sqlalchemy as sa
+
+from gradwatch import schema
+from gradwatch.config import sqlite_path
+from gradwatch.errors import StoreError, StoreNotFoundError
+from gradwatch_monitor.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["Problem", "check"]
+
+_STEPS_LOST = ("ring_full", "torn")  # in the data of a `records_dropped` event
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong."""
+
+    kind: str
+    detail: str
+
+
+def check(
+    url: str, *, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> list[Problem]:
+    """Everything that is wrong; `progress` hears of how many attempts of how many were looked at.
+
+    Raises `StoreNotFoundError` where there is no store.
+    """
+    try:
+        store = Store(url)
+    except StoreNotFoundError:
+        raise
+    except StoreError as error:
+        return [Problem("store", str(error))]
+    with store:
+        try:
+            with store._reading() as connection:
+                return [*_examine(connection, store, progress)]
+        except StoreError as error:  # damaged so that it cannot be read to its end
+            return [Problem("store", str(error))]
+
+
+def _examine(
+    connection: sa.Connection, store: Store, progress: Callable[[int, int], None]
+) -> Iterator[Problem]:
+    if sqlite_path(store._url) is not None:
+        for (told,) in connection.exec_driver_sql("PRAGMA integrity_check(20)"):
+            if told != "ok":
+                yield Problem("damage", told)
+        for table, _, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
+            yield Problem("orphan", f"{table} has a row of a run that is not in {parent}")
+    yield from _orphans(connection)
+    attempts, runs = schema.attempts, schema.runs
+    found = connection.execute(
+        sa.select(attempts.c.run_id, attempts.c.attempt, attempts.c.start_step, runs.c.name)
+        .join(runs, runs.c.id == attempts.c.run_id)
+        .order_by(attempts.c.run_id, attempts.c.attempt)
+    ).all()
+    for done, (run_id, attempt, start, name) in enumerate(found):
+        progress(done, len(found))
+        where = f"run {name!r} (id {run_id}), attempt {attempt}"
+        yield from _gaps(connection, run_id, attempt, start, where)
+    progress(len(found), len(found))
+
+
+def _orphans(connection: sa.Connection) -> Iterator[Problem]:
+    """Rows that belong to no attempt; found by skipping from attempt to attempt along the key."""
+    attempts = schema.attempts
+    known = {
+        tuple(row) for row in connection.execute(sa.select(attempts.c.run_id, attempts.c.attempt))
+    }
+    for table in (schema.step_records, schema.layer_norms):
+        pair = sa.tuple_(table.c.run_id, table.c.attempt)
+        at: tuple[int, int] | None = None
+        while True:
+            query = sa.select(table.c.run_id, table.c.attempt).order_by(
+                table.c.run_id, table.c.attempt
+            )
+            if at is not None:
+                query = query.where(pair > sa.tuple_(*at))
+            row = connection.execute(query.limit(1)).one_or_none()
+            if row is None:
+                break
+            at = (row.run_id, row.attempt)
+            if at not in known:
+                yield Problem(
+                    "orphan",
+                    f"{table.name} has rows of attempt {at[1]} of run {at[0]}: no such one",
+                )
+
+
+def _gaps(
+    connection: sa.Connection, run_id: int, attempt: int, start: int, where: str
+) -> Iterator[Problem]:
+    """Steps between the first that is left and what the flight recorders' cursors say."""
+    records, rings = schema.step_records.c, schema.rings.c
+    mine = (records.run_id == run_id, records.attempt == attempt)
+    count, distinct, first, last = connection.execute(
+        sa.select(
+            sa.func.count(),
+            sa.func.count(records.step.distinct()),
+            sa.func.min(records.step),
+            sa.func.max(records.step),
+        ).where(*mine)
+    ).one()
+    if count > distinct:
+        yield Problem("doubled", f"{where}: {count - distinct} steps are there twice")
+    stored = connection.execute(
+        sa.select(sa.func.max(rings.step_cursor)).where(
+            rings.run_id == run_id, rings.attempt == attempt, rings.rank == 0
+        )
+    ).scalar()
+    if first is None:  # none was recorded, or all were pruned
+        return
+    events = schema.events.c
+    dropped = connection.execute(
+        sa.select(events.data).where(
+            events.run_id == run_id,
+            events.attempt == attempt,
+            events.kind == "records_dropped",
+            events.rank == 0,
+        )
+    ).scalars()
+    lost = sum(int(data.get(reason, 0)) for data in dropped for reason in _STEPS_LOST)
+    end = last + 1 if stored is None else max(last + 1, start + stored)
+    missing = end - first - distinct
+    if missing > lost:
+        yield Problem(
+            "missing",
+            f"{where}: {missing - lost} of the steps {first} to {end - 1} are not there, though "
+            "they were stored",
+        )
