@@ -79,7 +79,7 @@ runs = Table(
     Column("started_at", Double, nullable=False),
     Column("ended_at", Double),
     Column("heartbeat_at", Double, nullable=False),
-    Column("status", String(16), nullable=False),  # running, finished, failed, crashed
+    Column("status", String(16), nullable=False, index=True),  # running, finished, failed, crashed
     Column("host", String(255), nullable=False),
     Column("pid", Integer, nullable=False),
     Column("world_size", Integer, nullable=False),

@@ -17,13 +17,21 @@ from rich.table import Table
 
 from gradwatch.errors import ConfigurationError, GradwatchError
 from gradwatch_dashboards import store_verbs
-from gradwatch_dashboards.terminal import NOT_FOUND, USAGE, JsonOption, StoreOption, err, out
-from gradwatch_dashboards.terminal import need as _need
-from gradwatch_dashboards.terminal import print_json as _print_json
-from gradwatch_dashboards.terminal import store_url as _store_url
+from gradwatch_dashboards.terminal import (
+    NOT_FOUND,
+    USAGE,
+    JsonOption,
+    StoreOption,
+    err,
+    need,
+    out,
+    print_json,
+    progress,
+    store_url,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from gradwatch_monitor.store import Run, Store
 
@@ -73,7 +81,7 @@ def runs(
         found = opened.runs(limit=limit)
         rows = [{**_run_dict(run), "steps": _steps(opened, run)} for run in found]
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     if not rows:
         out.print(f"No runs in {escape(opened.name)} yet.")
@@ -96,7 +104,7 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
         findings = opened.findings(found.id)
         events = opened.events(found.id, limit=10)
     if as_json:
-        _print_json(
+        print_json(
             {
                 **_run_dict(found),
                 **dataclasses.asdict(summary),
@@ -148,7 +156,7 @@ def recommend(
         found = opened.run(run)
         result = recommend_run(opened, found.id, target=target)
     if as_json:
-        _print_json({"run": found.name, "run_id": found.id, **result.as_dict()})
+        print_json({"run": found.name, "run_id": found.id, **result.as_dict()})
         return
     out.print(f"{escape(found.name)}: {result.verdict.replace('_', ' ')}")
     out.print(escape(result.sentence))
@@ -196,7 +204,7 @@ def apply(
             time.sleep(0.1)
             (change,) = (c for c in opened.changes(found.id) if c.id == change.id)
     if as_json:
-        _print_json({"run": found.name, "run_id": found.id, **dataclasses.asdict(change)})
+        print_json({"run": found.name, "run_id": found.id, **dataclasses.asdict(change)})
     elif change.applied_step is not None:
         to = _number(change.threshold) if policy is None else str(policy)
         before = _number(change.previous)
@@ -228,12 +236,12 @@ def recover(
     """Store what killed jobs left in their flight recorders; exit status 1 where some cannot be."""
     from gradwatch.recovery import recover as recover_all  # noqa: PLC0415
 
-    url = _store_url(store)
+    url = store_url(store)
     folders = [path.absolute() for path in folder] if folder else None
-    with _progress("recovering") as progress:
-        found = recover_all(url, folders, progress=progress)
+    with progress("recovering") as report:
+        found = recover_all(url, folders, progress=report)
     if as_json:
-        _print_json([one._asdict() for one in found])
+        print_json([one._asdict() for one in found])
     elif not found:
         out.print("Nothing to recover: no job that is gone left records here for this store.")
     for one in () if as_json else found:
@@ -260,8 +268,8 @@ def ui(
     """Open the dashboard, and stay until Ctrl-C."""
     from gradwatch_dashboards.web import serve  # noqa: PLC0415
 
-    _need("streamlit", "altair", "pandas", "tsdownsample", extra="monitor", verb="ui")
-    url = _store_url(store)
+    need("streamlit", "altair", "pandas", "tsdownsample", extra="monitor", verb="ui")
+    url = store_url(store)
     code = serve.run(
         url, address=address, port=port, announce=lambda page: _announce(page, url, as_json=as_json)
     )
@@ -277,18 +285,18 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Train a small model on real data, watched; then recommend and open the dashboard."""
-    _need("sklearn", extra="demo", verb="demo")
+    need("sklearn", extra="demo", verb="demo")
     from gradwatch_dashboards import demo as watched  # noqa: PLC0415
 
-    url = _store_url(store)
+    url = store_url(store)
     result = watched.run(url, epochs=epochs, console=err if as_json else out)
     if as_json:
-        _print_json(result.as_dict())
+        print_json(result.as_dict())
     else:
         watched.tell(result, out)
     if not ui:
         return
-    _need("streamlit", extra="monitor", verb="demo")
+    need("streamlit", extra="monitor", verb="demo")
     from gradwatch_dashboards.web import serve  # noqa: PLC0415
 
     code = serve.run(
@@ -307,13 +315,13 @@ def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
     from gradwatch_dashboards import doctor as examination  # noqa: PLC0415
 
     try:
-        url = _store_url(store)
+        url = store_url(store)
     except ConfigurationError:
         # One of the checks says what is wrong; the others are made all the same.
         url = store or DEFAULT_STORE
     checks = examination.examine(url, os.environ)
     if as_json:
-        _print_json([check._asdict() for check in checks])
+        print_json([check._asdict() for check in checks])
     else:
         table = Table(box=None, show_header=False)
         for check in checks:
@@ -330,25 +338,15 @@ def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
 def _open(store: str | None) -> Iterator[Store]:
     from gradwatch_monitor.store import Store  # noqa: PLC0415
 
-    with Store(_store_url(store)) as opened:
+    with Store(store_url(store)) as opened:
         yield opened
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on standard error, where that is a terminal: call it with done and total."""
-    from rich.progress import Progress  # noqa: PLC0415
-
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _announce(page: str, url: str, *, as_json: bool) -> None:
     from gradwatch.config import redact  # noqa: PLC0415
 
     if as_json:
-        _print_json({"url": page, "store": redact(url)})
+        print_json({"url": page, "store": redact(url)})
     else:
         out.print(f"Dashboard: {page}   (Ctrl-C ends it)")
 

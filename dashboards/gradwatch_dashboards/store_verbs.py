@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -13,15 +12,12 @@ from gradwatch_dashboards.terminal import (
     NOT_FOUND,
     JsonOption,
     StoreOption,
-    err,
     need,
     out,
     print_json,
+    progress,
     store_url,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 __all__ = ["app"]
 
@@ -55,8 +51,8 @@ def prune(
     from gradwatch_monitor import retention  # noqa: PLC0415
 
     older = retention.days(older_than)
-    with _progress("pruning") as progress:
-        pruned = retention.prune(store_url(store), older, progress=progress)
+    with progress("pruning") as report:
+        pruned = retention.prune(store_url(store), older, progress=report)
     if as_json:
         print_json(dataclasses.asdict(pruned))
         return
@@ -75,8 +71,8 @@ def copy(
     """Copy all runs into another store; run again, it adds only what is not there yet."""
     from gradwatch_monitor import copying  # noqa: PLC0415
 
-    with _progress("copying") as progress:
-        copied = copying.copy(source, target, progress=progress)
+    with progress("copying") as report:
+        copied = copying.copy(source, target, progress=report)
     if as_json:
         print_json(dataclasses.asdict(copied))
         return
@@ -91,8 +87,8 @@ def check(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Check that a store is whole; exit status 1 where something is wrong."""
     from gradwatch_monitor import integrity  # noqa: PLC0415
 
-    with _progress("checking") as progress:
-        problems = integrity.check(store_url(store), progress=progress)
+    with progress("checking") as report:
+        problems = integrity.check(store_url(store), progress=report)
     if as_json:
         print_json([problem._asdict() for problem in problems])
     elif not problems:
@@ -101,13 +97,3 @@ def check(store: StoreOption = None, as_json: JsonOption = False) -> None:
         out.print(f"{problem.kind}: {escape(problem.detail)}")
     if problems:
         raise typer.Exit(NOT_FOUND)
-
-
-@contextlib.contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr, where that is a terminal."""
-    from rich.progress import Progress  # noqa: PLC0415
-
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

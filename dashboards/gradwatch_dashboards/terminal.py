@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from gradwatch.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 __all__ = [
     "NOT_FOUND",
@@ -20,6 +24,7 @@ __all__ = [
     "need",
     "out",
     "print_json",
+    "progress",
     "store_url",
 ]
 
@@ -56,6 +61,16 @@ def need(*modules: str, extra: str, verb: str) -> None:
     if missing:
         msg = f"`gradwatch {verb}` needs {', '.join(missing)}: pip install 'gradwatch[{extra}]'"
         raise ConfigurationError(msg)
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on standard error, where that is a terminal: call it with done and total."""
+    from rich.progress import Progress  # noqa: PLC0415
+
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def print_json(value: Any) -> None:

@@ -171,26 +171,20 @@ class Store:
                     _count(s.nonfinite),
                     _count(s.skipped),
                     _count(sa.and_(overflow, s.loss_scale.is_not(None))),
-                    sa.func.max(s.step),
                 ).where(s.run_id == run_id)
             ).one()
             last = {
-                name: connection.execute(
-                    sa.select(s[name])
-                    .where(s.run_id == run_id, s[name].is_not(None))
-                    .order_by(s.step.desc())
-                    .limit(1)
-                ).scalar()
-                for name in ("time", "loss", "pre_norm", "threshold")
+                name: _last(connection, run_id, name)
+                for name in ("step", "time", "loss", "pre_norm", "threshold")
             }
-        steps, clipped, nonfinite, skipped, overflows, last_step = counts
+        steps, clipped, nonfinite, skipped, overflows = counts
         return Summary(
             steps=steps,
             clipped=clipped,
             nonfinite=nonfinite,
             skipped=skipped,
             amp_overflows=overflows,
-            last_step=last_step,
+            last_step=last["step"],
             last_time=last["time"],
             last_loss=last["loss"],
             last_pre_norm=last["pre_norm"],
@@ -199,9 +193,8 @@ class Store:
 
     def last_step(self, run_id: int) -> int | None:
         """The greatest step of the visible timeline; None before the first."""
-        query = sa.select(sa.func.max(_steps.c.step)).where(_steps.c.run_id == run_id)
         with self._reading() as connection:
-            return connection.execute(query).scalar()
+            return _last(connection, run_id, "step")
 
     def past(self, run_id: int) -> tuple[int, int]:
         """How many attempts the run has had, and how many records of all but the last are stored.
@@ -412,6 +405,28 @@ def _sqlite_reader(path: Path) -> sa.Engine:
         connection.exec_driver_sql("BEGIN")
 
     return engine
+
+
+def _last(connection: sa.Connection, run_id: int, name: str) -> Any:
+    """The last value of a column that is not NULL; None where there is none.
+
+    From the visible part of the latest attempt back: the view would read the whole run.
+    """
+    a, r = schema.attempts.c, schema.step_records.c
+    parts = sa.select(a.attempt, a.start_step).where(a.run_id == run_id).order_by(a.position.desc())
+    stop = _IDS - 1
+    for attempt, start in connection.execute(parts).all():
+        query = (
+            sa.select(r[name])
+            .where(r.run_id == run_id, r.attempt == attempt, r.step < stop, r[name].is_not(None))
+            .order_by(r.step.desc())
+            .limit(1)
+        )
+        found = connection.execute(query).scalar()
+        if found is not None:
+            return found
+        stop = min(stop, start)
+    return None
 
 
 def _count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:

@@ -15,7 +15,7 @@ import gradwatch
 import gradwatch_dashboards
 import gradwatch_monitor
 from gradwatch.config import Settings
-from gradwatch_dashboards import cli
+from gradwatch_dashboards import cli, store_verbs
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (gradwatch, gradwatch_monitor, gradwatch_dashboards)
@@ -49,7 +49,7 @@ def test_all_is_complete_and_sorted(name):
     for public in exported:
         assert hasattr(module, public) or public == "Settings"
     verbs = {command.callback.__name__ for command in cli.app.registered_commands}
-    verbs |= {command.callback.__name__ for command in cli.store_app.registered_commands}
+    verbs |= {command.callback.__name__ for command in store_verbs.app.registered_commands}
     assert defined - (verbs if module is cli else set()) <= set(exported)
 
 
@@ -79,7 +79,7 @@ print(json.dumps([new, threading.active_count(), os.listdir(".") == files, secon
 def test_readme_names_every_verb_and_no_other():
     """The table of the command line is the command line."""
     verbs = {c.callback.__name__ for c in cli.app.registered_commands}
-    verbs |= {f"store {c.callback.__name__}" for c in cli.store_app.registered_commands}
+    verbs |= {f"store {c.callback.__name__}" for c in store_verbs.app.registered_commands}
     table = README.split("## On the command line")[1].split("\n## ")[0]
     named = re.findall(r"`gradwatch ((?:store )?[a-z]+)", table)
     assert set(named) == verbs

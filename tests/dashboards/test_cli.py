@@ -18,7 +18,7 @@ from stores import lognormal, write_run
 from typer.testing import CliRunner
 
 from gradwatch import Agent
-from gradwatch_dashboards import cli
+from gradwatch_dashboards import cli, store_verbs
 from gradwatch_monitor import Store, recommend
 
 
@@ -170,9 +170,9 @@ def test_a_missing_extra_is_named(run, monkeypatch):
 
 def test_every_verb_prints_json():
     """Each has --json, and says what it does."""
-    for command in [*cli.app.registered_commands, *cli.store_app.registered_commands]:
+    for command in [*cli.app.registered_commands, *store_verbs.app.registered_commands]:
         path = [command.callback.__name__]
-        if command in cli.store_app.registered_commands:
+        if command in store_verbs.app.registered_commands:
             path.insert(0, "store")
         result = CliRunner().invoke(cli.app, [*path, "--help"])
         assert result.exit_code == 0

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import kills
 import pytest
 import ranks
 import torch
@@ -23,43 +24,6 @@ from gradwatch.recorder import Ring
 from gradwatch.recovery import recover
 from gradwatch_dashboards.cli import app
 
-# A factory of jobs: torch is loaded once, and every line on its input forks a job that steps
-# until it is killed. After each step() that returned, the job notes it in a file of its own.
-FACTORY = """
-import mmap, os, sys, torch, gradwatch
-from gradwatch.testing import MemorySink
-torch.set_num_threads(1)
-# Whatever loads at the first step is loaded once, here.
-loaded = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.0)
-with gradwatch.Agent(loaded, store=MemorySink(), metrics_port=None):
-    loaded.step()
-def job(number, seed):
-    path = f"returned-{number}"
-    with open(path, "wb") as file:
-        file.write(bytes(16))
-    with open(path, "r+b") as file:
-        returned = memoryview(mmap.mmap(file.fileno(), 16)).cast("Q")
-    torch.manual_seed(seed)
-    weight = torch.nn.Parameter(torch.ones(10))
-    optimizer = torch.optim.SGD([weight], lr=0.0)
-    agent = gradwatch.Agent(optimizer, store="gradwatch.db", run=f"job-{number}",
-                            settings=gradwatch.Settings(run_id=f"uid-{number}"))
-    step = 0
-    while True:
-        weight.grad = torch.full((10,), float(step % 97 + 1))
-        agent.log(loss=float(step))
-        optimizer.step()
-        step += 1
-        returned[0] = step
-for line in sys.stdin:
-    pid = os.fork()
-    if pid == 0:
-        job(*map(int, line.split()))
-    print(pid, flush=True)
-    os.waitpid(pid, 0)
-    print("gone", flush=True)
-"""
-
 
 def query(sql, path="gradwatch.db"):
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
@@ -70,38 +34,11 @@ def rings():
     return sorted(Path("gradwatch.db.rings").glob("*.ring"))
 
 
-def returned(number):
-    """How many steps the job saw return."""
-    path = Path(f"returned-{number}")
-    noted = path.read_bytes() if path.exists() else b""
-    return int.from_bytes(noted[:8], "little")
-
-
 @pytest.fixture
-def factory(tmp_path):
+def factory():
     """Starts a job, lets it run until `moment` says so, kills it."""
-    program = subprocess.Popen(
-        [sys.executable, "-c", FACTORY],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=tmp_path,
-        env={**os.environ, "GRADWATCH_METRICS_PORT": "off"},
-    )
-
-    def start_and_kill(number, moment):
-        program.stdin.write(f"{number} {number}\n")
-        program.stdin.flush()
-        pid = int(program.stdout.readline())
-        try:
-            wait_until(lambda: moment(returned(number)))
-        finally:
-            os.kill(pid, signal.SIGKILL)
-        assert program.stdout.readline() == "gone\n"
-
-    yield start_and_kill
-    program.kill()
-    program.communicate()
+    with kills.Factory("gradwatch.db") as made:
+        yield made.start_and_kill
 
 
 def test_sigkill_at_a_hundred_moments_loses_and_doubles_nothing(factory):
@@ -117,7 +54,9 @@ def test_sigkill_at_a_hundred_moments_loses_and_doubles_nothing(factory):
     stored = dict(query("SELECT uid, count(*) FROM runs JOIN steps ON run_id = id GROUP BY uid"))
     for number in range(100):
         # The kill may have come between the record and the note that step() had returned.
-        assert returned(number) <= stored[f"uid-{number}"] <= returned(number) + 1, number
+        assert kills.returned(number) <= stored[f"uid-{number}"] <= kills.returned(number) + 1, (
+            number
+        )
     assert query(
         "SELECT count(*) FROM runs WHERE status != 'crashed' OR ended_at IS NULL"
     ) == [(0,)]  # fmt: skip

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 
+import kills
 import numpy as np
 import pytest
 import sqlalchemy as sa
@@ -16,6 +17,7 @@ from stores import write_run
 from gradwatch import Agent, errors, schema
 from gradwatch.recorder import STEP_DTYPE
 from gradwatch.records import Batch
+from gradwatch.recovery import recover
 from gradwatch.sinks.database import DatabaseSink
 from gradwatch.testing import run_info
 from gradwatch_monitor import Store
@@ -567,3 +569,32 @@ def test_a_connection_does_not_cross_a_fork(url, query):
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert query("SELECT count(*) FROM steps") == [(20,)]
+
+
+# -- jobs that are killed ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("server_dies", [False, True])
+def test_a_killed_job_is_recovered(postgres_server, url, query, server_dies):
+    """`kill -9` of jobs, and of the server with them: no step is missing, none is there twice."""
+    jobs = range(10)
+    with kills.Factory(url) as factory:
+        for number in jobs:
+            factory.start_and_kill(number, lambda seen, n=number: seen >= 1 + 300 * n)
+    if server_dies:  # with what it had taken and not written yet
+        postgres_server.kill()
+        postgres_server.start()
+    found = recover(url)
+    assert [one.problem for one in found if one.problem] == []
+    stored = dict(query("SELECT uid, count(*) FROM runs JOIN steps ON run_id = id GROUP BY uid"))
+    for number in jobs:
+        # The kill may have come between the record and the note that step() had returned.
+        assert stored[f"uid-{number}"] - kills.returned(number) in {0, 1}
+    assert query("SELECT count(*) FROM runs WHERE status != 'crashed' OR ended_at IS NULL") == [
+        (0,)
+    ]
+    assert query(
+        "SELECT count(*) FROM (SELECT count(*) n, max(step) m, count(DISTINCT step) d "
+        "FROM step_records GROUP BY run_id) AS t WHERE n != m + 1 OR n != d"
+    ) == [(0,)]
+    assert recover(url) == []

@@ -32,6 +32,7 @@ def upgrade() -> None:
     with op.batch_alter_table("attempts", table_kwargs=kept) as table:
         table.alter_column("started_at", existing_type=sa.Double(), nullable=False)
         table.alter_column("position", existing_type=sa.Double(), nullable=False)
+    op.create_index("ix_runs_status", "runs", ["status"])
     if on_postgres:
         partition()
         op.execute(
