@@ -19,7 +19,6 @@ import tempfile
 import time
 import uuid
 from pathlib import Path
-from types import SimpleNamespace
 
 from rich.console import Console
 
@@ -40,9 +39,7 @@ def attach(pipeline, url, folder, name, steps):
             "pid": os.getpid()}  # fmt: skip
     info = run_info(**info)
     ring = Ring.create(folder / f"{ring_id}.ring", {}, steps=steps, events=64)
-    channel = Channel(
-        info, ring, pipeline.store_sink(url), NullSink(), notices=SimpleNamespace(parameters=[])
-    )
+    channel = Channel(info, ring, pipeline.store_sink(url), NullSink(), parameters=list)
     pipeline.attach(channel, Settings(store=url))
     return channel
 

@@ -194,7 +194,8 @@ class Store:
     def last_step(self, run_id: int) -> int | None:
         """The greatest step of the visible timeline; None before the first."""
         with self._reading() as connection:
-            return _last(connection, run_id, "step")
+            step = _last(connection, run_id, "step")
+        return None if step is None else int(step)
 
     def past(self, run_id: int) -> tuple[int, int]:
         """How many attempts the run has had, and how many records of all but the last are stored.
