@@ -74,7 +74,10 @@ class Settings(BaseSettings):
     ] = False
     ring_dir: Annotated[
         Path | None,
-        Field(description="Folder of the flight-recorder files; default: beside the store."),
+        Field(
+            description="Folder of the flight-recorder files; default: beside an SQLite store on a "
+            "local disk, else a folder of your own under the temporary one."
+        ),
     ] = None
     ring_steps: Annotated[
         int,

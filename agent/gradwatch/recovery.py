@@ -109,6 +109,10 @@ def left_behind(
         def wanted(about: Mapping[str, Any], *, near: bool = near) -> bool:
             return near or bool(_place(str(about.get("store", ""))) == place)
 
+        problem = rings.intruded(folder)
+        if problem is not None:
+            report(folder, problem)
+            continue
         salvage.sweep(folder, time.time())
         for path in sorted(folder.glob("*.ring")):
             try:

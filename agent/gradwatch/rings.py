@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from gradwatch.config import Settings
     from gradwatch.records import RunInfo
 
-__all__ = ["beside", "folders", "make"]
+__all__ = ["beside", "folders", "intruded", "make"]
 
 
 def folders(settings: Settings) -> list[Path]:
@@ -32,8 +34,7 @@ def folders(settings: Settings) -> list[Path]:
     """
     if settings.ring_dir is not None:
         return [settings.ring_dir.expanduser().absolute()]
-    own = os.getuid() if hasattr(os, "getuid") else "user"
-    temporary = Path(tempfile.gettempdir()) / f"gradwatch-rings-{own}"
+    temporary = _temporary()
     near = beside(settings.store)
     if near is None:
         return [temporary]
@@ -44,6 +45,25 @@ def beside(store: str) -> Path | None:
     """The folder of rings that goes with an SQLite file."""
     database = sqlite_path(store)
     return None if database is None else Path(f"{database}.rings")
+
+
+def intruded(folder: Path) -> str | None:
+    """Why the folder under the common temporary one is not to be trusted; None for any other."""
+    if folder != _temporary() or not hasattr(os, "getuid"):
+        return None
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return None
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+    if own and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return None
+    return f"{folder} is not a folder that you alone can write; set GRADWATCH_RING_DIR to one"
+
+
+def _temporary() -> Path:
+    own = os.getuid() if hasattr(os, "getuid") else "user"
+    return Path(tempfile.gettempdir()) / f"gradwatch-rings-{own}"
 
 
 def make(
@@ -67,8 +87,18 @@ def make(
         name = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', run.uid)[:80]}-{run.ring[:12]}.ring"
         for folder in folders(settings):
             try:
+                if folder == _temporary():
+                    _make_private(folder)
                 return Ring.create(folder / name, metadata, steps=steps, events=events)
             except RingError as error:
                 problem = problem or error
         report("ring", f"{problem}; the last steps would not outlive a crash")
     return Ring.in_memory(metadata, steps=steps, events=events)
+
+
+def _make_private(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # there already; or Ring.create says what is wrong
+        folder.mkdir(mode=0o700)
+    problem = intruded(folder)
+    if problem is not None:
+        raise RingError(problem)

@@ -1,6 +1,7 @@
 """Network file systems are recognised, said once, and hold no flight recorder."""
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 
 from gradwatch import Agent, filesystems, rings
 from gradwatch.config import Settings
+from gradwatch.recovery import recover
+from gradwatch.testing import run_info
 from gradwatch_dashboards.doctor import examine
 
 # As on a cluster's node: lines of proc_pid_mountinfo(5), with and without optional fields.
@@ -95,3 +98,44 @@ def test_a_local_store_has_its_rings_beside_it(tmp_path):
     """And a folder that the user chose is the folder, wherever it is."""
     assert rings.folders(Settings.load())[0] == tmp_path / "gradwatch.db.rings"
     assert rings.folders(Settings.load(ring_dir="/home/rings")) == [Path("/home/rings")]
+
+
+@pytest.mark.parametrize("how", ["writable", "link", "somebody else's"])
+def test_a_temporary_folder_that_others_can_write_holds_no_ring(tmp_path, monkeypatch, how):
+    """Nobody else can plant a ring there, nor have this one's records put where they can be read."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    folder = tmp_path / "tmp" / f"gradwatch-rings-{os.getuid()}"
+    folder.parent.mkdir()
+    if how == "link":
+        (tmp_path / "elsewhere").mkdir()
+        folder.symlink_to(tmp_path / "elsewhere")
+    else:
+        folder.mkdir()
+        folder.chmod(0o777)
+    if how == "somebody else's":
+        folder.chmod(0o755)
+        real = folder.lstat()
+        monkeypatch.setattr(
+            Path, "lstat", lambda _: os.stat_result([*real[:4], real.st_uid + 1, *real[5:]])
+        )
+    run = run_info()
+    settings = Settings.load(store="postgresql+psycopg://host/store")
+    told = []
+    ring = rings.make(
+        run, settings, parameters=[], durable=True, report=lambda _, message: told.append(message)
+    )
+    assert ring.path is None
+    (message,) = told
+    assert "not a folder that you alone can write; set GRADWATCH_RING_DIR" in message
+    (found,) = recover(settings.store)
+    assert "not a folder that you alone can write" in found.problem
+
+
+def test_the_temporary_folder_is_ones_own(tmp_path, monkeypatch):
+    """A run whose store is remote makes it, for itself alone."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    settings = Settings.load(store="postgresql+psycopg://host/store")
+    ring = rings.make(run_info(), settings, parameters=[], durable=True, report=print)
+    assert stat.S_IMODE(ring.path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(ring.path.stat().st_mode) == 0o600
+    ring.close(remove=True)
