@@ -59,8 +59,9 @@ def _postgres_server():
 
 
 @pytest.fixture
-def postgres_server(_postgres_server):
-    """The same, running: the test before may have stopped it."""
+def postgres_server(_postgres_server, monkeypatch, tmp_path):
+    """The same, running: the test before may have stopped it. Rings go with the test's folder."""
+    monkeypatch.setenv("GRADWATCH_RING_DIR", str(tmp_path / "rings"))
     if _postgres_server.process is None or _postgres_server.process.poll() is not None:
         _postgres_server.start()
     return _postgres_server
