@@ -32,6 +32,9 @@ from gradwatch.testing import run_info
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 
+SLOTS = 20  # in a tenth of a second: the runs' steps are spread over them
+
+
 def attach(pipeline, url, folder, name, steps):
     """A channel as `wrap` makes it, with a ring file of its own; its ring."""
     ring_id = uuid.uuid4().hex
@@ -93,17 +96,19 @@ def fleet(url, folder, runs, seconds, gate, told):
     gate.wait()
     before = time.process_time()
     pick = random.Random(os.getpid())
-    due = sorted((time.monotonic() + pick.random() * 0.1, i) for i in range(runs))
-    count = int(seconds * 10)
-    for step in range(count):
-        for first, i in due:
-            pause = first + step * 0.1 - time.monotonic()
-            if pause > 0:
-                time.sleep(pause)
-            record(channels[i].ring, step, pick)
+    slots = [[channel.ring for channel in channels[i::SLOTS]] for i in range(SLOTS)]
+    began = time.monotonic()
+    for slot in range(int(seconds * 10) * SLOTS):
+        pause = began + slot * 0.1 / SLOTS - time.monotonic()
+        if pause > 0:
+            time.sleep(pause)
+        for ring in slots[slot % SLOTS]:
+            record(ring, slot // SLOTS, pick)
     cpu = time.process_time() - before
     stored = all(pipeline.flush(channel, 30) for channel in channels)
-    told.put((stored, count * runs, sum(sum(c.dropped().values()) for c in channels), cpu))
+    told.put(
+        (stored, int(seconds * 10) * runs, sum(sum(c.dropped().values()) for c in channels), cpu)
+    )
     pipeline.shutdown("finished", 120)
 
 

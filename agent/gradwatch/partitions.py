@@ -34,7 +34,9 @@ _EXISTING = text(
 
 def days_of(times: np.ndarray[Any, np.dtype[np.float64]]) -> set[int]:
     """The days, counted from 1970, whose partitions records of these Unix times need."""
-    days = np.unique(times[np.isfinite(times)] // DAY_SECONDS)
+    days = times[np.isfinite(times)] // DAY_SECONDS
+    if len(days) and days.min() == days.max():
+        days = days[:1]
     return {int(day) for day in days[(days >= _FIRST) & (days < _END)]}
 
 

@@ -40,7 +40,6 @@ class DatabaseSink:
         self._clock = clock
         self._path = sqlite_path(url)
         self._engine: sa.Engine | None = None
-        self._autocommit: sa.Engine | None = None
         self._stored: dict[str, rows.Stored] = {}  # by ring
         self._file: tuple[int, int] | None = None  # which file the connection is to
         self._cursors: dict[str, tuple[int, int]] = {}  # by ring: what the store said or was told
@@ -155,7 +154,7 @@ class DatabaseSink:
         """Let the connection go; the next transaction makes another."""
         if self._engine is not None:
             self._engine.dispose()
-            self._engine = self._autocommit = None
+            self._engine = None
         self._days = set()  # somebody may have dropped one
 
     # -- inside a transaction ------------------------------------------------------------------
@@ -208,30 +207,30 @@ class DatabaseSink:
             with self._transaction() as connection:
                 self._days = postgres.make_days(connection, days)
 
-    def _single(self, engine: sa.Engine) -> sa.Engine:
-        """The same engine, each of whose statements is a transaction: one round trip, not three."""
-        if self._autocommit is None:
-            self._autocommit = engine.execution_options(isolation_level="AUTOCOMMIT")
-        return self._autocommit
-
     def _write_small(self, run: RunInfo, batch: Batch) -> bool:
         """Whether the batch was stored by one statement, which is a transaction by itself."""
-        with self._transaction(single=True) as connection:
+        with self._connected() as engine:
             return postgres.store_small(
-                connection, run.ring, self._stored[run.ring], batch, self._clock()
+                engine, run.ring, self._stored[run.ring], batch, self._clock()
             )
 
     # -- the connection ------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _transaction(
-        self, *, durable: bool = False, single: bool = False
-    ) -> Iterator[sa.Connection]:
-        """All or nothing; on SQLite excluding other writers. What goes wrong becomes a `SinkError`.
+    def _transaction(self, *, durable: bool = False) -> Iterator[sa.Connection]:
+        """All or nothing; on SQLite excluding other writers.
 
-        `durable`: its end waits for the disk, where the database does not do so anyway. `single`:
-        it will be one statement.
+        `durable`: its end waits for the disk, where the database does not do so anyway.
         """
+        with self._connected() as engine, engine.begin() as connection:
+            self._file = _identity(self._path) if self._path is not None else None
+            if durable and self._path is None:
+                postgres.be_durable(connection)
+            yield connection
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[sa.Engine]:
+        """The engine, made if need be. What goes wrong with it becomes a `SinkError`."""
         try:
             if self._path is not None and self._file != _identity(self._path):
                 self.dispose()  # deleted, or another file in its place: do not write into the void
@@ -241,12 +240,7 @@ class DatabaseSink:
                     if self._path is None
                     else sqlite.writing_engine(self.url, self._path)
                 )
-            engine = self._single(self._engine) if single else self._engine
-            with engine.begin() as connection:
-                self._file = _identity(self._path) if self._path is not None else None
-                if durable and self._path is None:
-                    postgres.be_durable(connection)
-                yield connection
+            yield self._engine
         except (SQLAlchemyError, sqlite3.Error, StoreError, OSError, ImportError) as error:
             self.dispose()
             if "no such table" in str(error) or postgres.has_no_table(error):

@@ -6,6 +6,7 @@ by COPY into a staging table, and from there with ON CONFLICT DO NOTHING to wher
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from gradwatch.recorder import FLAGS
 from gradwatch.sinks.rows import strict_json
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from gradwatch.records import Batch, RunInfo
     from gradwatch.sinks.rows import Stored
 
@@ -168,15 +171,24 @@ def is_small(run: RunInfo, batch: Batch) -> bool:
     return len(batch.steps) <= _SMALL and not more and not run.recovered
 
 
-def store_small(
-    connection: sa.Connection, ring: str, stored: Stored, batch: Batch, now: float
-) -> bool:
-    """Move the cursor, store the records, note the sign of life; False where nothing was done."""
+def store_small(engine: sa.Engine, ring: str, stored: Stored, batch: Batch, now: float) -> bool:
+    """Move the cursor, store the records, note the sign of life; False where nothing was done.
+
+    By the driver itself, without a BEGIN: a third of SQLAlchemy's time on this side, and one round
+    trip instead of three.
+    """
     steps = _plain(batch.steps if stored.rank == 0 else batch.steps[:0])
     # As text: a third of the driver's own time for a list.
     arrays = ["{" + str(steps[name].tolist())[1:-1] + "}" for name in _FIELDS]
     values = (*batch.last, ring, *batch.first, now, *arrays)
-    return bool(connection.exec_driver_sql(_STORE_SMALL, values).scalar())
+    with contextlib.closing(engine.raw_connection()) as connection, _errors_of(engine):
+        driver: Any = connection.driver_connection
+        driver.autocommit = True
+        try:
+            return bool(driver.execute(_STORE_SMALL, values).fetchone()[0])
+        finally:
+            if not driver.closed:
+                driver.autocommit = False
 
 
 def copy_steps(connection: sa.Connection, stored: Stored, steps: Records) -> None:
@@ -190,14 +202,20 @@ def copy_steps(connection: sa.Connection, stored: Stored, steps: Records) -> Non
     for name in _FIELDS:
         packed[name] = steps[name]
         packed[f"{name}_length"] = packed[name].itemsize
-    dbapi: Any = connection.dialect.import_dbapi()
-    try:
-        driver: Any = connection.connection.driver_connection
-        with driver.cursor() as cursor, cursor.copy(_COPY) as copy:
-            copy.write(_COPY_HEADER + packed.tobytes() + _COPY_END)
-    except dbapi.Error as error:  # past SQLAlchemy, which would have done this
-        raise sa.exc.DBAPIError(_COPY, None, error) from error
+    driver: Any = connection.connection.driver_connection
+    with _errors_of(connection.engine), driver.cursor() as cursor, cursor.copy(_COPY) as copy:
+        copy.write(_COPY_HEADER + packed.tobytes() + _COPY_END)
     connection.exec_driver_sql(_UNSTAGE, (stored.run_id, stored.attempt))
+
+
+@contextlib.contextmanager
+def _errors_of(engine: sa.Engine) -> Iterator[None]:
+    """What the driver raises, when asked past SQLAlchemy, as SQLAlchemy would raise it."""
+    dbapi: Any = engine.dialect.dbapi
+    try:
+        yield
+    except dbapi.Error as error:
+        raise sa.exc.DBAPIError(None, None, error) from error
 
 
 def _plain(steps: Records) -> Records:
