@@ -113,7 +113,7 @@ class Channel:
 
     def tell_incomplete(self) -> None:
         """Say that the run has ended with records that are not in the store, and where they are."""
-        where = f"the rest is in {self.ring.path}" if self.ring.path else "the rest is lost"
+        where = f"the rest is in {place}" if (place := self.ring.place) else "the rest is lost"
         logger.warning(
             "gradwatch: run %s ended before all of it was stored; %s", self.run.name, where
         )

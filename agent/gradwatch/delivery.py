@@ -90,7 +90,7 @@ class Delivery:
                     channel.control.seen = 0  # a new store counts anew
             known = isinstance(error, SinkError)
             message = str(error) if known else f"the {outlet.name} failed ({error!r})"
-            where = channel.ring.path or "memory"
+            where = channel.ring.place or "memory, and would not outlive a crash"
             self._troubles.report(fault, f"{message}; records are kept in {where}")
         else:
             if worked and outlet.failures:

@@ -109,8 +109,13 @@ def left_behind(
         def wanted(about: Mapping[str, Any], *, near: bool = near) -> bool:
             return near or bool(_place(str(about.get("store", ""))) == place)
 
-        salvage.sweep(folder, time.time())
-        for path in sorted(folder.glob("*.ring")):
+        try:
+            salvage.sweep(folder, time.time())
+            paths = sorted(folder.glob("*.ring"))
+        except OSError as error:
+            report(folder, f"cannot look into {folder}: {error.strerror or error}")
+            continue
+        for path in paths:
             try:
                 ring = salvage.claim(path, wanted)
                 if ring is None:
