@@ -38,11 +38,12 @@ def job(folder, store, environ, user, code, seed):
     tempfile.tempdir = None
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-    optimizer, agent = begin(store, model)
-    step = 0
-    names = {"agent": agent, "optimizer": optimizer}
+    names = {}
     exec(code, names)
     each = names.get("each")
+    optimizer, agent = begin(store, model)
+    names.update(agent=agent, optimizer=optimizer)
+    step = 0
     while not os.path.exists("stop"):
         x = torch.randn(8, 8)
         optimizer.zero_grad()
@@ -82,7 +83,11 @@ class Factory:
         self._jobs = []
 
     def start(self, folder, store, *, user=None, code="", seed=0, **environ):
-        """A job with that store, in a folder of its own."""
+        """A job with that store, in a folder of its own.
+
+        `code` runs before it begins, and what that defines as `each(step)` after every step; the
+        names `agent` and `optimizer` are there then.
+        """
         folder.mkdir(parents=True)
         for name in ("did", "stderr"):
             (folder / name).touch()
@@ -138,9 +143,13 @@ class Job:
         """Wait for a line with these words in it."""
         wait_until(lambda: any(words in line for line in self.said()), self.said)
 
-    def end(self):
-        """Tell it to stop; its exit status is good."""
+    def stop(self):
+        """Tell it to stop."""
         (self.folder / "stop").touch()
+
+    def end(self):
+        """The same, and wait until it has; its exit status is good."""
+        self.stop()
         self.code = self._factory.ask(self.pid)
         assert self.code == 0, (self.code, self.said())
 
