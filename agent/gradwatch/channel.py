@@ -33,6 +33,7 @@ class Outlet:
         self.events = 0
         self.stored = 0  # step records handed over; never reset
         self.failures = 0  # in a row
+        self.failing_since = 0.0
         self.retry_at = 0.0
         self.beat_at = 0.0
         self.ended = False

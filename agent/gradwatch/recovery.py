@@ -190,6 +190,7 @@ def _store(path: Path, channel: Channel) -> Recovered:
     """Bring one ring to the store, here and now."""
     troubles = _Kept()
     delivery = Delivery(SystemClock(), troubles)
+    delivery.patience = 0.0  # there is one try: why it failed is to be told
     run, head = channel.run, channel.ring.heads[0]
     last = channel.ring.read_steps(max(0, head - 1)).records["step"]
     while not channel.closed.is_set() and not channel.store.failures:

@@ -20,9 +20,17 @@ from gradwatch.errors import StoreError
 from gradwatch.records import ThresholdChange
 from gradwatch.schema import rings, runs
 from gradwatch.secrets import scrub
-from gradwatch.sinks import CursorMovedError, RunForgottenError, SinkError, postgres, rows, sqlite
+from gradwatch.sinks import (
+    BusyError,
+    CursorMovedError,
+    RunForgottenError,
+    SinkError,
+    postgres,
+    rows,
+    sqlite,
+)
 from gradwatch.sinks.register import bury, register
-from gradwatch.sinks.remedies import remedy
+from gradwatch.sinks.remedies import is_busy, remedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -253,7 +261,8 @@ class DatabaseSink:
             told = scrub(reason[0], self.url)
             advice = remedy(cause)
             msg = f"cannot write the store {redact(self.url)}: {told}"
-            raise SinkError(f"{msg} ({advice})" if advice else msg) from error
+            kind = BusyError if is_busy(cause) else SinkError
+            raise kind(f"{msg} ({advice})" if advice else msg) from error
 
     def _connected(self) -> sa.Engine:
         """The engine; another where its file was deleted, replaced or written over meanwhile."""

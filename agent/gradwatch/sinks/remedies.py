@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sqlite3
 
-__all__ = ["remedy"]
+__all__ = ["is_busy", "remedy"]
 
 _SPACE = "free some space on its disk"
 _ACCESS = "this user has to be able to write the file and its folder"
@@ -37,5 +37,14 @@ def remedy(error: BaseException) -> str | None:
     """What to do about it; None where nobody knows."""
     if isinstance(error, OSError):
         return _SYSTEM.get(error.errno or 0)
-    code = getattr(error, "sqlite_errorcode", None)
-    return None if code is None else _SQLITE.get(code & 0xFF)  # the rest says more of the same
+    return _SQLITE.get(_primary_code(error))
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether all that is wrong is another connection that writes just now."""
+    return _primary_code(error) == sqlite3.SQLITE_BUSY
+
+
+def _primary_code(error: BaseException) -> int:
+    """SQLite's code without the part that says more of the same; 0 of an error that is not its."""
+    return int(getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
