@@ -1,8 +1,13 @@
 """What can become of the exporter under a job: training and the store go on."""
 
+import contextlib
 import json
+import socket
+import struct
 import urllib.request
+from pathlib import Path
 
+import pytest
 from jobs import check_stored, query, stored, wait_until
 from typer.testing import CliRunner
 
@@ -52,6 +57,41 @@ def test_an_exporter_that_dies(factory, tmp_path):
     status, check = doctor(store)
     assert (status, check["status"]) == (1, "problem")
     assert check["detail"].startswith(f"no answer at {url} (")
+    job.end()
+    assert job.said() == []
+    check_stored(store, job)
+
+
+def connect(url):
+    host, port = url.removeprefix("http://").removesuffix("/metrics").split(":")
+    return socket.create_connection((host, int(port)), timeout=20)
+
+
+def threads(job):
+    return len(list(Path(f"/proc/{job.pid}/task").iterdir()))
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads in /proc")
+def test_scrapers_that_never_ask_or_never_read(factory, tmp_path):
+    """Others are answered meanwhile; these are let go of, and the job is told nothing."""
+    job, store, url = begin(factory, tmp_path)
+    scrape(url)
+    wait_until(lambda: stored(store) > 20, job.said)
+    before = threads(job)
+    with contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(connect(url)) for _ in range(10)]
+        deaf = [stack.enter_context(connect(url)) for _ in range(10)]
+        for one in deaf:
+            one.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        for _ in range(10):
+            with connect(url) as gone:  # closed by a reset, in the middle of the request
+                gone.sendall(b"GET")
+                gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert "gradwatch_steps_total" in scrape(url)
+        there = job.steps()
+        wait_until(lambda: stored(store) > there, job.said)
+        assert [one.recv(1) for one in silent] == [b""] * 10
+        wait_until(lambda: threads(job) <= before, job.said)
     job.end()
     assert job.said() == []
     check_stored(store, job)
