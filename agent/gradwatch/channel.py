@@ -33,6 +33,7 @@ class Outlet:
         self.events = 0
         self.stored = 0  # step records handed over; never reset
         self.failures = 0  # in a row
+        self.failing_since = 0.0
         self.retry_at = 0.0
         self.beat_at = 0.0
         self.ended = False
@@ -113,7 +114,7 @@ class Channel:
 
     def tell_incomplete(self) -> None:
         """Say that the run has ended with records that are not in the store, and where they are."""
-        where = f"the rest is in {self.ring.path}" if self.ring.path else "the rest is lost"
+        where = f"the rest is in {place}" if (place := self.ring.place) else "the rest is lost"
         logger.warning(
             "gradwatch: run %s ended before all of it was stored; %s", self.run.name, where
         )

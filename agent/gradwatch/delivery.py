@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 
 from gradwatch.events import decode
 from gradwatch.records import Batch, Event, LayerNorms
-from gradwatch.sinks import CursorMovedError, NotYetError, RunForgottenError, SinkError
+from gradwatch.sinks import (
+    BusyError,
+    CursorMovedError,
+    NotYetError,
+    RunForgottenError,
+    SinkError,
+)
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
@@ -39,6 +45,7 @@ class Delivery:
     def __init__(self, clock: Clock, troubles: Troubles) -> None:
         self.heartbeat = 60.0  # seconds between two signs of life of a run that records nothing
         self.retry = 1.0  # seconds until the first retry; doubles with every failure
+        self.patience = 2.0  # seconds that other writers may keep us from the store, unmentioned
         self._clock = clock
         self._troubles = troubles
 
@@ -79,10 +86,14 @@ class Delivery:
         except CursorMovedError as moved:  # not where we left it: go on from there
             outlet.steps, outlet.events = moved.steps, moved.events
         except Exception as error:  # noqa: BLE001 - a sink may be anybody's; the others go on
+            now = self._clock.monotonic()
+            if not outlet.failures:
+                outlet.failing_since = now
             outlet.failures += 1
-            pause = min(_RETRY_SECONDS, self.retry * 2.0**outlet.failures)
-            outlet.retry_at = self._clock.monotonic() + pause
+            outlet.retry_at = now + min(_RETRY_SECONDS, self.retry * 2.0**outlet.failures)
             if isinstance(error, NotYetError):
+                return
+            if isinstance(error, BusyError) and now - outlet.failing_since < self.patience:
                 return
             if isinstance(error, RunForgottenError):
                 outlet.start_over()
@@ -90,7 +101,7 @@ class Delivery:
                     channel.control.seen = 0  # a new store counts anew
             known = isinstance(error, SinkError)
             message = str(error) if known else f"the {outlet.name} failed ({error!r})"
-            where = channel.ring.path or "memory"
+            where = channel.ring.place or "memory, and would not outlive a crash"
             self._troubles.report(fault, f"{message}; records are kept in {where}")
         else:
             if worked and outlet.failures:

@@ -170,7 +170,14 @@ class Pipeline:
         """Serve what they left too, after the process's own; not once it ends itself."""
         if self._stopping:
             self._channels = [c for c in self._channels if not c.run.recovered]
-        elif (channel := self._patrol.next()) is not None:
+            return
+        try:
+            channel = self._patrol.next()
+        except Exception as error:  # noqa: BLE001 - a bug here must not end the worker
+            problem = f"{type(error).__name__}: {error}"
+            self.troubles.report("patrol", f"no look for what killed jobs have left ({problem})")
+            return
+        if channel is not None:
             self._channels.append(channel)
 
     # -- the end of the process, and a forked child --------------------------------------------

@@ -260,6 +260,19 @@ class Ring:
         return self._step_head[0], self._event_head[0]
 
     @property
+    def place(self) -> str | None:
+        """Where the records outlive the process; None: nowhere, the file was deleted or never was."""
+        if self.path is None:
+            return None
+        try:
+            self.path.stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError:
+            pass  # it may be there; who asks has not the right to see it
+        return str(self.path)
+
+    @property
     def ending(self) -> RunStatus | None:
         """How the run ended, where it had the time to say so."""
         noted = self._ending[0]

@@ -113,8 +113,13 @@ def left_behind(
         if problem is not None:
             report(folder, problem)
             continue
-        salvage.sweep(folder, time.time())
-        for path in sorted(folder.glob("*.ring")):
+        try:
+            salvage.sweep(folder, time.time())
+            paths = sorted(folder.glob("*.ring"))
+        except OSError as error:
+            report(folder, f"cannot look into {folder}: {error.strerror or error}")
+            continue
+        for path in paths:
             try:
                 ring = salvage.claim(path, wanted)
                 if ring is None:
@@ -189,6 +194,7 @@ def _store(path: Path, channel: Channel) -> Recovered:
     """Bring one ring to the store, here and now."""
     troubles = _Kept()
     delivery = Delivery(SystemClock(), troubles)
+    delivery.patience = 0.0  # there is one try: why it failed is to be told
     run, head = channel.run, channel.ring.heads[0]
     last = channel.ring.read_steps(max(0, head - 1)).records["step"]
     while not channel.closed.is_set() and not channel.store.failures:

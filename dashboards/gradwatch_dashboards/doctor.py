@@ -6,12 +6,15 @@ import platform
 import shutil
 import socket
 import sqlite3
+import urllib.request
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from gradwatch.config import Settings, redact, sqlite_path
 from gradwatch.errors import GradwatchError, StoreNotFoundError
 from gradwatch.filesystems import advice, network_kind
+from gradwatch.identity import host
 from gradwatch.rings import folders
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ __all__ = ["Check", "examine"]
 # Before it, two connections that write and checkpoint one file in WAL mode could corrupt it.
 _SQLITE_FIXED = (3, 51, 3)
 _RING_BYTES = 20 << 20
+_ANSWER_SECONDS = 1.0
 _EXTRAS = {"monitor": ("streamlit", "pandas", "alembic"), "postgres": ("psycopg",)}
 
 
@@ -47,6 +51,7 @@ def examine(store: str, environ: Mapping[str, str]) -> list[Check]:
         *_store(store),
         *_rings(store),
         _port(),
+        *_exporters(store),
         *_variables(environ),
     ]
 
@@ -119,6 +124,38 @@ def _port() -> Check:
             detail = f"{settings.metrics_addr}:{port}: {error.strerror}; the next free one is taken"
             return Check("note", "metrics", detail)
     return Check("ok", "metrics", f"{settings.metrics_addr}:{port} is free")
+
+
+def _exporters(url: str) -> Iterator[Check]:
+    """Whether the live runs of this machine answer where they say that they are scraped."""
+    from gradwatch_monitor.store import Store  # noqa: PLC0415
+
+    try:
+        with Store(url) as store:
+            runs = store.runs(status="running")
+    except GradwatchError:  # told above
+        return
+    of_url = {run.metrics_url: run for run in runs if run.host == host() and run.is_live()}
+    for metrics_url, run in of_url.items():
+        if metrics_url is None:
+            continue
+        if problem := _silent(metrics_url):
+            detail = f"no answer at {metrics_url} ({problem}): Prometheus does not see this run"
+            yield Check("problem", f"metrics of {run.name}", detail)
+        else:
+            yield Check("ok", f"metrics of {run.name}", metrics_url)
+
+
+def _silent(url: str) -> str | None:
+    """Why nothing comes from there within a second; None: it does."""
+    # Past any proxy, which would not know this machine.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(url, timeout=_ANSWER_SECONDS) as answer:
+            answer.read(1)
+    except (OSError, HTTPException, ValueError) as error:
+        return str(getattr(error, "reason", None) or error)
+    return None
 
 
 def _variables(environ: Mapping[str, str]) -> Iterator[Check]:

@@ -45,7 +45,7 @@ def test_the_newest_are_kept_and_the_loss_is_told_everywhere(caplog):
     other = sqlite3.connect("gradwatch.db", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     steps(500)
-    assert not agent.flush(0.7)
+    assert not agent.flush(5.0)  # long enough to be told
     assert metric(agent, "gradwatch_recorder_backlog_records{") == 500
     other.execute("COMMIT")
     other.close()

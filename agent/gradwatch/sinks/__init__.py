@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from gradwatch.records import Batch, RunInfo, RunStatus
 
-__all__ = ["CursorMovedError", "NotYetError", "NullSink", "RunForgottenError", "Sink", "SinkError"]
+__all__ = [
+    "BusyError",
+    "CursorMovedError",
+    "NotYetError",
+    "NullSink",
+    "RunForgottenError",
+    "Sink",
+    "SinkError",
+]
 
 
 class SinkError(Exception):
@@ -16,6 +24,10 @@ class SinkError(Exception):
 
 class NotYetError(SinkError):
     """The run that this rank belongs to is not there yet: no trouble, to be tried again."""
+
+
+class BusyError(SinkError):
+    """Another writer has the store: no trouble unless it lasts."""
 
 
 class RunForgottenError(SinkError):

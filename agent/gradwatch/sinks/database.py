@@ -20,8 +20,17 @@ from gradwatch.errors import StoreError
 from gradwatch.records import ThresholdChange
 from gradwatch.schema import rings, runs
 from gradwatch.secrets import scrub
-from gradwatch.sinks import CursorMovedError, RunForgottenError, SinkError, postgres, rows, sqlite
+from gradwatch.sinks import (
+    BusyError,
+    CursorMovedError,
+    RunForgottenError,
+    SinkError,
+    postgres,
+    rows,
+    sqlite,
+)
 from gradwatch.sinks.register import bury, register
+from gradwatch.sinks.remedies import is_busy, remedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,7 +50,7 @@ class DatabaseSink:
         self._path = sqlite_path(url)
         self._engine: sa.Engine | None = None
         self._stored: dict[str, rows.Stored] = {}  # by ring
-        self._file: tuple[int, int] | None = None  # which file the connection is to
+        self._file: tuple[int, ...] | None = None  # which file the connection is to, as we left it
         self._cursors: dict[str, tuple[int, int]] = {}  # by ring: what the store said or was told
         self._days: set[int] = set()  # partitions that are there
         self._forgotten = f"the store {redact(url)} was deleted or emptied; the run is stored anew"
@@ -69,8 +78,7 @@ class DatabaseSink:
                 raise
             self._write(run, batch)  # the failure has made us forget which days there are
         self._cursors[run.ring] = batch.last
-        if self._engine is not None and self._path is not None:
-            sqlite.checkpoint(self._engine, self._path)
+        self._checkpoint()
 
     def _write(self, run: RunInfo, batch: Batch) -> None:
         stored = self._stored[run.ring]
@@ -114,9 +122,8 @@ class DatabaseSink:
                 self._beat(connection, stored)
         del self._stored[run.ring]
         self._cursors.pop(run.ring, None)
-        if not self._stored and self._engine is not None:
-            if self._path is not None:
-                sqlite.checkpoint(self._engine, self._path, final=True)
+        if not self._stored:
+            self._checkpoint(final=True)
             self.dispose()
 
     def requested(self, uid: str, after: int) -> ThresholdChange | None:
@@ -153,7 +160,10 @@ class DatabaseSink:
     def dispose(self) -> None:
         """Let the connection go; the next transaction makes another."""
         if self._engine is not None:
-            self._engine.dispose()
+            if self._path is None or self._is_intact(self._path):
+                self._engine.dispose()
+            else:
+                sqlite.let_go(self._engine, self._path)
             self._engine = None
         self._days = set()  # somebody may have dropped one
 
@@ -223,24 +233,17 @@ class DatabaseSink:
         `durable`: its end waits for the disk, where the database does not do so anyway.
         """
         with self._connected() as engine, engine.begin() as connection:
-            self._file = _identity(self._path) if self._path is not None else None
+            if self._path is not None and self._file is None:  # it was made just now
+                self._file = sqlite.look(self._path)
             if durable and self._path is None:
                 postgres.be_durable(connection)
             yield connection
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[sa.Engine]:
-        """The engine, made if need be. What goes wrong with it becomes a `SinkError`."""
+        """The engine, fit to be used. What goes wrong with it becomes a `SinkError`."""
         try:
-            if self._path is not None and self._file != _identity(self._path):
-                self.dispose()  # deleted, or another file in its place: do not write into the void
-            if self._engine is None:
-                self._engine = (
-                    postgres.writing_engine(self.url)
-                    if self._path is None
-                    else sqlite.writing_engine(self.url, self._path)
-                )
-            yield self._engine
+            yield self._current_engine()
         except (SQLAlchemyError, sqlite3.Error, StoreError, OSError, ImportError) as error:
             self.dispose()
             if "no such table" in str(error) or postgres.has_no_table(error):
@@ -248,13 +251,37 @@ class DatabaseSink:
             cause = getattr(error, "orig", None) or error
             reason = str(cause).strip().splitlines() or [type(cause).__name__]
             told = scrub(reason[0], self.url)
+            advice = remedy(cause)
             msg = f"cannot write the store {redact(self.url)}: {told}"
-            raise SinkError(msg) from error
+            kind = BusyError if is_busy(cause) else SinkError
+            raise kind(f"{msg} ({advice})" if advice else msg) from error
 
+    def _current_engine(self) -> sa.Engine:
+        """The engine; another where its file was deleted, replaced or written over meanwhile."""
+        if self._path is not None and self._file != (found := sqlite.look(self._path)):
+            self.dispose()
+            sqlite.check(self._path)
+            self._file = found
+        if self._engine is None:
+            self._engine = (
+                postgres.writing_engine(self.url)
+                if self._path is None
+                else sqlite.writing_engine(self.url, self._path)
+            )
+        return self._engine
 
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
+    def _checkpoint(self, *, final: bool = False) -> None:
+        """Fold the WAL back into the file, where it is time and the file is still ours."""
+        if self._engine is not None and self._path is not None and self._is_intact(self._path):
+            sqlite.checkpoint(self._engine, self._path, final=final)
+            self._file = sqlite.look(self._path)
+
+    def _is_intact(self, path: Path) -> bool:
+        """Whether the file is as it was left, or else a database still."""
+        if self._file == sqlite.look(path):
+            return True
+        try:
+            sqlite.check(path)
+            return path.stat().st_size > 0
+        except (sqlite3.Error, OSError):
+            return False

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from gradwatch import metrics
 from gradwatch.recorder import FLAGS
+from gradwatch.sinks import scrapers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -254,6 +255,7 @@ class Exporter:
         registry.register(_Collector(sink))
         self.requested = port
         self._server, self._thread = _serve(registry, addr, port)
+        scrapers.limit(self._server)
         self.port: int = self._server.server_port
         host = advertised or ("127.0.0.1" if addr in {"0.0.0.0", "::", ""} else addr)  # noqa: S104
         self.url = (

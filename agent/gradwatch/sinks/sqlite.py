@@ -3,6 +3,10 @@
 SQLite before 3.51.3 can corrupt a file in WAL mode when two connections write and checkpoint it.
 So no connection checkpoints by itself (`wal_autocheckpoint=0`); whoever wants to takes the
 store's lock file first.
+
+A connection does not notice what is done to its file, and its checkpoint, which is also made when
+the last one closes, writes pages into whatever lies there by then. So the file is looked at before
+it is used, and let go of without a checkpoint where it is no database any more.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,10 +26,11 @@ from gradwatch.sinks.rows import strict_json
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["checkpoint", "writing_engine"]
+__all__ = ["check", "checkpoint", "let_go", "look", "writing_engine"]
 
 _BUSY_SECONDS = 0.5  # how long a statement waits for another writer
 _CHECKPOINT_BYTES = 4 << 20  # a WAL shorter than this is left alone
+_LOCKS_AT, _LOCKS = (1 << 30) + 2, 510  # the bytes whose locks say who reads: SQLite's os.h
 
 
 def writing_engine(url: str, path: Path) -> sa.Engine:
@@ -43,6 +49,8 @@ def writing_engine(url: str, path: Path) -> sa.Engine:
         cursor.execute("PRAGMA journal_mode=WAL")
         cursor.execute("PRAGMA synchronous=NORMAL")
         cursor.execute("PRAGMA wal_autocheckpoint=0")
+        # Else the WAL stays as long as it ever was, and each batch would make a checkpoint.
+        cursor.execute("PRAGMA journal_size_limit=0")
         cursor.close()
 
     @sa.event.listens_for(engine, "begin")
@@ -50,6 +58,43 @@ def writing_engine(url: str, path: Path) -> sa.Engine:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
     return engine
+
+
+def look(path: Path) -> tuple[int, ...] | None:
+    """Which file lies there, and in which state: another when somebody has written to it."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def check(path: Path) -> None:
+    """Raise `sqlite3.DatabaseError` where the file itself, whatever its WAL says, is no database.
+
+    An empty one is, and one that is not there. It is read by SQLite: closing a descriptor of our
+    own would let go of the locks that other connections of this process have on it.
+    """
+    uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
+    try:
+        with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
+            connection.execute("PRAGMA schema_version")
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+            raise
+
+
+def let_go(engine: sa.Engine, path: Path) -> None:
+    """Close the connection and leave the file as it is: without a last checkpoint.
+
+    Only who reads alone may make that; this lock, which unlike SQLite's own is not the process's
+    but the descriptor's, says that somebody else does. (Linux has such locks.)
+    """
+    with contextlib.suppress(OSError, AttributeError), path.open("rb") as file:
+        shared = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, _LOCKS_AT, _LOCKS, 0)
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, shared)
+        engine.dispose()
+    engine.dispose()
 
 
 def checkpoint(engine: sa.Engine, path: Path, *, final: bool = False) -> None:

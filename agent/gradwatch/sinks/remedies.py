@@ -1,0 +1,50 @@
+"""What to do about a database that cannot be written: a few words for the warning."""
+
+from __future__ import annotations
+
+import errno
+import sqlite3
+
+__all__ = ["is_busy", "remedy"]
+
+_SPACE = "free some space on its disk"
+_ACCESS = "this user has to be able to write the file and its folder"
+_REPLACE = (
+    "move the file away: a new one is then made, with what the flight recorder holds of this run"
+)
+_SQLITE = {
+    sqlite3.SQLITE_BUSY: "another program is writing to it, and has to let go",
+    sqlite3.SQLITE_FULL: _SPACE,
+    sqlite3.SQLITE_CORRUPT: _REPLACE,
+    sqlite3.SQLITE_NOTADB: _REPLACE,
+    sqlite3.SQLITE_READONLY: _ACCESS,
+    sqlite3.SQLITE_PERM: _ACCESS,
+    sqlite3.SQLITE_CANTOPEN: _ACCESS,
+    sqlite3.SQLITE_IOERR: "is its disk full, or gone?",
+}
+_SYSTEM = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EACCES: _ACCESS,
+    errno.EPERM: _ACCESS,
+    errno.EROFS: _ACCESS,
+    errno.ENOTDIR: "a file lies where its folder should be: move it away",
+    errno.EEXIST: "a file lies where its folder should be: move it away",
+}
+
+
+def remedy(error: BaseException) -> str | None:
+    """What to do about it; None where nobody knows."""
+    if isinstance(error, OSError):
+        return _SYSTEM.get(error.errno or 0)
+    return _SQLITE.get(_primary_code(error))
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether all that is wrong is another connection that writes just now."""
+    return _primary_code(error) == sqlite3.SQLITE_BUSY
+
+
+def _primary_code(error: BaseException) -> int:
+    """SQLite's code without the part that says more of the same; 0 of an error that is not its."""
+    return int(getattr(error, "sqlite_errorcode", None) or 0) & 0xFF
