@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from gradwatch.config import Settings, redact, sqlite_path
 from gradwatch.errors import GradwatchError, StoreNotFoundError
 from gradwatch.filesystems import advice, network_kind
-from gradwatch.identity import host
+from gradwatch.identity import host, is_alive
 from gradwatch.rings import folders
 
 if TYPE_CHECKING:
@@ -135,8 +135,8 @@ def _exporters(url: str) -> Iterator[Check]:
             runs = store.runs(status="running")
     except GradwatchError:  # told above
         return
-    of_url = {run.metrics_url: run for run in runs if run.host == host() and run.is_live()}
-    for metrics_url, run in of_url.items():
+    here = [run for run in runs if run.host == host() and run.is_live() and is_alive(run.pid)]
+    for metrics_url, run in {run.metrics_url: run for run in here}.items():
         if metrics_url is None:
             continue
         if problem := _silent(metrics_url):

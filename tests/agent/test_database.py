@@ -203,6 +203,23 @@ def test_the_wal_is_folded_back_at_the_end():
         assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
+def test_a_checkpoint_is_made_when_the_wal_has_grown_and_no_sooner(tmp_path):
+    """After the first as well: batches between two of them leave the file itself alone."""
+    agent, *_ = run_steps(1, settings=gradwatch.Settings(drain_interval=60))
+    ring, path = agent._recording.channel.ring, tmp_path / "gradwatch.db"
+    written = 0
+    for batch in range(60):
+        before = path.stat().st_mtime_ns
+        for step in range(batch * 4000 + 1, batch * 4000 + 4001):
+            ring.append(step, 1.7e9, 1.0, 0.5, 1e-3, 2.0, 1.0, 1.0, math.nan, 1)
+        assert agent.flush(20)
+        written += path.stat().st_mtime_ns != before
+    grown = path.stat().st_size >> 22
+    assert 2 <= written <= 2 * grown < 20
+    agent.close()
+    assert query("SELECT count(*), max(step) FROM steps") == [(240_001, 240_000)]
+
+
 # -- stores that cannot be used --------------------------------------------------------------------
 
 

@@ -142,6 +142,33 @@ def test_doctor(run, monkeypatch):
     assert run("doctor")[0] == 1
 
 
+def test_doctor_asks_the_exporters_of_this_machines_live_runs(run):
+    """One that does not answer is a problem; another machine's is not asked, nor an ended run's."""
+    ended = write_run(run="ended", steps=2)
+    live = write_run(run="live", steps=2, close=False)
+    write_run(run="elsewhere", steps=2, close=False)
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute(
+            "UPDATE runs SET host = 'elsewhere', metrics_url = 'http://192.0.2.1:9/metrics' "
+            "WHERE name = 'elsewhere'"
+        )
+
+    def exporters():
+        status, text, _ = run("doctor", "--json")
+        found = [c for c in json.loads(text) if c["subject"].startswith("metrics of ")]
+        return status, {check["subject"]: check for check in found}
+
+    url = live.metrics_url
+    assert url == ended.metrics_url
+    told = {"status": "ok", "subject": "metrics of live", "detail": url}
+    assert exporters() == (0, {"metrics of live": told})
+    live._recording.pipeline._exporter.close()
+    status, checks = exporters()
+    assert status == 1
+    assert checks["metrics of live"]["status"] == "problem"
+    assert "Connection refused" in checks["metrics of live"]["detail"]
+
+
 def test_doctor_says_that_a_store_is_not_there_yet(run):
     """Nothing is wrong before the first job."""
     status, text, _ = run("doctor", "--json")

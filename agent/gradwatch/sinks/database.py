@@ -272,9 +272,12 @@ class DatabaseSink:
 
     def _checkpoint(self, *, final: bool = False) -> None:
         """Fold the WAL back into the file, where it is time and the file is still ours."""
-        if self._engine is not None and self._path is not None and self._is_intact(self._path):
-            sqlite.checkpoint(self._engine, self._path, final=final)
-            self._file = sqlite.look(self._path)
+        if self._engine is None or self._path is None or not self._is_intact(self._path):
+            return
+        if sqlite.checkpoint(self._engine, self._path, final=final):
+            left = sqlite.look(self._path)
+            if left is not None and self._file is not None and left[:2] == self._file[:2]:
+                self._file = left  # else it was replaced just now: to be noticed at the next look
 
     def _is_intact(self, path: Path) -> bool:
         """Whether the file is as it was left, or else a database still."""

@@ -97,14 +97,14 @@ def let_go(engine: sa.Engine, path: Path) -> None:
     engine.dispose()
 
 
-def checkpoint(engine: sa.Engine, path: Path, *, final: bool = False) -> None:
+def checkpoint(engine: sa.Engine, path: Path, *, final: bool = False) -> bool:
     """Fold the WAL back into the file when it has grown, or when this is the `final` batch.
 
-    Only space is at stake: where it cannot be done now, a later batch tries again.
+    Whether it did. Only space is at stake: where it cannot be done now, a later batch tries again.
     """
     with contextlib.suppress(OSError, sa.exc.SQLAlchemyError, sqlite3.Error):
         if not final and Path(f"{path}-wal").stat().st_size < _CHECKPOINT_BYTES:
-            return
+            return False
         with _lock_file(Path(f"{path}.lock")) as alone:
             if alone:
                 mode = "TRUNCATE" if final else "PASSIVE"
@@ -112,6 +112,8 @@ def checkpoint(engine: sa.Engine, path: Path, *, final: bool = False) -> None:
                     connection.cursor().execute(f"PRAGMA wal_checkpoint({mode})").close()
             if final:
                 engine.dispose()  # the last connection to close checkpoints too
+            return alone
+    return False
 
 
 @contextlib.contextmanager
