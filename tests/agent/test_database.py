@@ -16,6 +16,7 @@ from loops import mlp, set_gradients, train
 
 import gradwatch
 from gradwatch import Agent, schema
+from gradwatch.sinks import sqlite
 from gradwatch.sinks.database import DatabaseSink
 from gradwatch.testing import MemorySink
 
@@ -218,6 +219,30 @@ def test_a_checkpoint_is_made_when_the_wal_has_grown_and_no_sooner(tmp_path):
     assert 2 <= written <= 2 * grown < 20
     agent.close()
     assert query("SELECT count(*), max(step) FROM steps") == [(240_001, 240_000)]
+
+
+def test_a_store_that_is_replaced_right_after_a_batch_is_noticed(tmp_path, monkeypatch, caplog):
+    """However busy the machine: nothing more goes into the file that has lost its name."""
+    agent, model, optimizer = run_steps(5)
+    path, checkpoint = tmp_path / "gradwatch.db", sqlite.checkpoint
+
+    def replace(*_, **__):
+        monkeypatch.setattr(sqlite, "checkpoint", checkpoint)
+        (tmp_path / "text").write_text("a text\n" * 1000)
+        (tmp_path / "text").rename(path)
+        return False
+
+    monkeypatch.setattr(sqlite, "checkpoint", replace)
+    for step in range(5):
+        set_gradients(step, model)
+        optimizer.step()
+        agent.flush(0.5)
+    assert not agent.flush(0.5)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "file is not a database (move the file away" in message
+    path.rename(tmp_path / "moved")
+    assert agent.flush(20)
+    assert query("SELECT count(*) FROM steps", path=path) == [(10,)]
 
 
 # -- stores that cannot be used --------------------------------------------------------------------
