@@ -15,7 +15,8 @@ from gradwatch.config import Settings, redact, sqlite_path
 from gradwatch.errors import GradwatchError, StoreNotFoundError
 from gradwatch.filesystems import advice, network_kind
 from gradwatch.identity import host, is_alive
-from gradwatch.rings import folders
+from gradwatch.rings import folders, intruded
+from gradwatch.sinks import sqlite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "examine"]
 
-# Before it, two connections that write and checkpoint one file in WAL mode could corrupt it.
-_SQLITE_FIXED = (3, 51, 3)
 _RING_BYTES = 20 << 20
 _ANSWER_SECONDS = 1.0
 _EXTRAS = {"monitor": ("streamlit", "pandas", "alembic"), "postgres": ("psycopg",)}
@@ -70,14 +69,10 @@ def _versions() -> Iterator[Check]:
 
 
 def _sqlite() -> Check:
-    if sqlite3.sqlite_version_info >= _SQLITE_FIXED:
-        return Check("ok", "sqlite", sqlite3.sqlite_version)
-    return Check(
-        "note",
-        "sqlite",
-        f"{sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3); gradwatch checkpoints "
-        "under a lock file, so let no other program write the store",
-    )
+    weakness = sqlite.weakness()
+    if weakness is not None:
+        return Check("note", "sqlite", weakness)
+    return Check("ok", "sqlite", sqlite3.sqlite_version)
 
 
 def _store(url: str) -> Iterator[Check]:
@@ -101,7 +96,9 @@ def _store(url: str) -> Iterator[Check]:
 
 def _rings(store: str) -> Iterator[Check]:
     for folder in folders(Settings.load(store=store))[:1]:
-        if problem := _unwritable(folder):
+        if problem := intruded(folder):
+            yield Check("problem", "flight recorder", problem)
+        elif problem := _unwritable(folder):
             yield Check("problem", "flight recorder", f"cannot be kept in {folder}: {problem}")
         elif shutil.disk_usage(_existing(folder)).free < _RING_BYTES:
             yield Check("problem", "flight recorder", f"the disk of {folder} is full")

@@ -30,7 +30,8 @@ def migrate(store: StoreOption = None, as_json: JsonOption = False) -> None:
     need("alembic", extra="monitor", verb="store migrate")
     from gradwatch_monitor.migrations import migrate as migrate_store  # noqa: PLC0415
 
-    before, after = migrate_store(store_url(store))
+    with progress("migrating"):
+        before, after = migrate_store(store_url(store))
     if as_json:
         print_json({"before": before, "after": after})
     elif before == after:

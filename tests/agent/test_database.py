@@ -369,3 +369,15 @@ def test_four_processes_write_one_new_store():
     assert rows == [(n, "finished", 300) for n in ("same", "same-2", "same-3", "same-4")]
     assert query("PRAGMA integrity_check") == [("ok",)]
     assert query("SELECT version_num FROM gradwatch_revision")[0][0] == schema.REVISION
+
+
+@pytest.mark.parametrize(("version", "told"), [((3, 51, 2), 1), ((3, 51, 3), 0)])
+def test_an_sqlite_with_the_wal_bug_is_said_once(monkeypatch, caplog, version, told):
+    """Once a process, and not as a warning: by itself no job of ours wakes the bug."""
+    monkeypatch.setattr(sqlite3, "sqlite_version_info", version)
+    sqlite._tell_weakness.cache_clear()
+    caplog.set_level(logging.INFO, "gradwatch")
+    for run in "ab":
+        run_steps(2, run=run, store=f"{run}.db")
+    assert ["WAL-reset bug" in message for message in caplog.messages] == [True] * told
+    assert all("let no other program write the store" in message for message in caplog.messages)

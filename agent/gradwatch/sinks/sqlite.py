@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import sqlite3
 import struct
@@ -22,19 +23,40 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from gradwatch.sinks.rows import strict_json
+from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["check", "checkpoint", "let_go", "look", "writing_engine"]
+__all__ = ["check", "checkpoint", "let_go", "look", "weakness", "writing_engine"]
+
+_FIXED = (3, 51, 3)
 
 _BUSY_SECONDS = 0.5  # how long a statement waits for another writer
 _CHECKPOINT_BYTES = 4 << 20  # a WAL shorter than this is left alone
 _LOCKS_AT, _LOCKS = (1 << 30) + 2, 510  # the bytes whose locks say who reads: SQLite's os.h
 
 
+def weakness() -> str | None:
+    """What this machine's SQLite may do to a store, and what to do about it; None: nothing."""
+    if sqlite3.sqlite_version_info >= _FIXED:
+        return None
+    return (
+        f"{sqlite3.sqlite_version} has the WAL-reset bug (fixed in 3.51.3); gradwatch checkpoints "
+        "under a lock file, so let no other program write the store"
+    )
+
+
+@functools.cache
+def _tell_weakness() -> None:
+    # Most systems have such a version, and jobs alone do no harm: no warning in each of them.
+    if (told := weakness()) is not None:
+        logger.info("gradwatch: SQLite %s", told)
+
+
 def writing_engine(url: str, path: Path) -> sa.Engine:
     """An engine for the one connection of this process that writes the file at `path`."""
+    _tell_weakness()
     path.parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(
         url,
