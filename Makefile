@@ -24,6 +24,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/jobs.py
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/faults.py
 
 # The peers bring many packages along: they get an environment of their own.
 bench-peers: .venv-peers/.installed

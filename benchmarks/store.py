@@ -175,7 +175,7 @@ def main():
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--pace", type=float, default=20_000.0)
+    parser.add_argument("--pace", type=float, default=60_000.0)
     parser.add_argument("--only", choices=["sqlite", "postgres"])
     chosen = parser.parse_args()
     out = Console(soft_wrap=True, highlight=False)
