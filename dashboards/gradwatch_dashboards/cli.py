@@ -33,6 +33,7 @@ from gradwatch_dashboards.terminal import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from gradwatch.recovery import Recovered
     from gradwatch_monitor.store import Run, Store
 
 __all__ = ["app", "main"]
@@ -245,17 +246,43 @@ def recover(
     elif not found:
         out.print("Nothing to recover: no job that is gone left records here for this store.")
     for one in () if as_json else found:
-        if one.problem is not None:
-            err.print(f"gradwatch: {escape(one.run or one.path.name)}: {escape(one.problem)}")
-            continue
-        at = "before its first step" if one.last_step is None else f"at step {one.last_step:,}"
-        what = f"{one.steps:,} step{'s' * (one.steps != 1)} stored that had not been"
-        if one.rank:
-            what = f"what rank {one.rank} had to tell is stored"
-        lost = f"; {one.lost:,} were overwritten or torn" if one.lost else ""
-        out.print(f"{escape(str(one.run))}: {one.status} {at}; {what}{lost}")
+        _tell_recovered(one)
     if any(one.problem is not None for one in found):
         raise typer.Exit(NOT_FOUND)
+
+
+@app.command()
+def monitor(
+    store: StoreOption = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0: any.")] = 9496,
+    address: Annotated[str, typer.Option(help="Address to bind.")] = "127.0.0.1",
+    interval: Annotated[
+        float, typer.Option(min=0.1, max=3600, help="Seconds between two rounds.")
+    ] = 15.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Watch a store beside its jobs: recover what killed ones left, answer Prometheus; until Ctrl-C."""
+    import signal  # noqa: PLC0415
+
+    from gradwatch.config import redact  # noqa: PLC0415
+    from gradwatch_monitor.service import Service  # noqa: PLC0415
+
+    def report(found: Recovered) -> None:
+        if as_json:
+            print_json(found._asdict())
+        else:
+            _tell_recovered(found)
+
+    service = Service(
+        store_url(store), address=address, port=port, interval=interval, report=report
+    )
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda *_: service.stop())
+    if as_json:
+        print_json({"url": service.url, "store": redact(service.store)})
+    else:
+        out.print(f"Monitor: {service.url}   (Ctrl-C ends it)")
+    service.run()
 
 
 @app.command()
@@ -340,6 +367,19 @@ def _open(store: str | None) -> Iterator[Store]:
 
     with Store(store_url(store)) as opened:
         yield opened
+
+
+def _tell_recovered(one: Recovered) -> None:
+    """A line on what became of a flight recorder."""
+    if one.problem is not None:
+        err.print(f"gradwatch: {escape(one.run or one.path.name)}: {escape(one.problem)}")
+        return
+    at = "before its first step" if one.last_step is None else f"at step {one.last_step:,}"
+    what = f"{one.steps:,} step{'s' * (one.steps != 1)} stored that had not been"
+    if one.rank:
+        what = f"what rank {one.rank} had to tell is stored"
+    lost = f"; {one.lost:,} were overwritten or torn" if one.lost else ""
+    out.print(f"{escape(str(one.run))}: {one.status} {at}; {what}{lost}")
 
 
 def _announce(page: str, url: str, *, as_json: bool) -> None:

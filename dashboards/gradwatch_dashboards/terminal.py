@@ -75,7 +75,8 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def print_json(value: Any) -> None:
     """Print it as JSON."""
-    print(json.dumps(_plain(value), indent=2, default=str))  # noqa: T201 - rich would wrap it
+    text = json.dumps(_plain(value), indent=2, default=str)
+    print(text, flush=True)  # noqa: T201 - rich would wrap it
 
 
 def _plain(value: Any) -> Any:

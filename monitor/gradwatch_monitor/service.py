@@ -1,0 +1,182 @@
+"""The monitor beside the jobs: a loop over one store, and its HTTP face.
+
+Each round stores what killed jobs of this machine left in their flight recorders. Over HTTP,
+`/healthz` tells whether rounds succeed, and `/sd` where Prometheus finds the live runs' exporters
+(the format of its `http_sd_configs`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+import urllib.parse
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from gradwatch.config import redact, resolve_store
+from gradwatch.errors import ConfigurationError, GradwatchError, StoreNotFoundError
+from gradwatch.recovery import recover
+from gradwatch.troubles import Troubles
+from gradwatch_monitor.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gradwatch.recovery import Recovered
+    from gradwatch_monitor.rows import Run
+
+__all__ = ["Service", "targets"]
+
+_LATE = 4  # rounds without success, after which the monitor is not healthy
+
+
+class Service:
+    """The monitor of one store.
+
+    Args:
+        store: the store's SQLAlchemy URL, or an SQLite file's path.
+        address: where its HTTP face is bound.
+        port: TCP port; 0: any.
+        interval: seconds between two rounds.
+        report: is told of each flight recorder that was stored.
+
+    Raises `ConfigurationError` where the port is taken.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        *,
+        address: str = "127.0.0.1",
+        port: int = 9496,
+        interval: float = 15.0,
+        report: Callable[[Recovered], None] = lambda _: None,
+    ) -> None:
+        self.store = resolve_store(store)
+        self.interval = interval
+        self._report = report
+        self._troubles = Troubles()
+        self._told: set[tuple[str, str | None]] = set()
+        self._stop = threading.Event()
+        self._good_at = time.monotonic()
+        self._failures = 0  # in a row
+        self._problem: str | None = None
+        try:
+            self._server = ThreadingHTTPServer((address, port), _Handler)
+        except OSError as error:
+            msg = f"the monitor cannot bind {address}:{port} ({error.strerror}): try --port"
+            raise ConfigurationError(msg) from None
+        self._server.daemon_threads = True
+        self._server.service = self  # type: ignore[attr-defined]
+        host = f"[{address}]" if ":" in address else address
+        self.url = f"http://{host}:{self._server.server_port}/"
+
+    def run(self) -> None:
+        """Make rounds until `stop` is called; nothing that goes wrong in one ends it."""
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        try:
+            while not self._stop.is_set():
+                self.round()
+                self._stop.wait(self.interval)
+        finally:
+            self._server.shutdown()
+            self._server.server_close()
+
+    def stop(self) -> None:
+        """End `run` after the round that is under way."""
+        self._stop.set()
+
+    def round(self) -> None:
+        """One look at the store and at what lies beside it."""
+        try:
+            for found in recover(self.store):
+                if (found.path.name, found.problem) not in self._told:
+                    self._report(found)
+                if found.problem is not None:  # it stays, and would be told in every round
+                    self._told.add((found.path.name, found.problem))
+            with contextlib.suppress(StoreNotFoundError), Store(self.store):
+                pass
+        except Exception as error:  # noqa: BLE001 - whatever it is, the next round may succeed
+            self._failures += 1
+            if self._failures == 1:
+                return  # a store that is being made just now is not one yet
+            known = isinstance(error, GradwatchError)
+            self._problem = str(error) if known else f"{type(error).__name__}: {error}"
+            self._troubles.report("round", self._problem)
+        else:
+            self._failures, self._problem, self._good_at = 0, None, time.monotonic()
+            self._troubles.clear("round", f"{redact(self.store)} is well again")
+
+    def health(self) -> tuple[HTTPStatus, dict[str, Any]]:
+        """Whether rounds succeed, and why not."""
+        age = time.monotonic() - self._good_at
+        told = {"store": redact(self.store), "seconds_since_good_round": round(age, 1)}
+        if self._problem is None and age < _LATE * self.interval + 60.0:
+            return HTTPStatus.OK, {"status": "ok", **told}
+        problem = self._problem or "a round hangs"
+        return HTTPStatus.SERVICE_UNAVAILABLE, {"status": "failing", "problem": problem, **told}
+
+
+def targets(runs: list[Run]) -> list[dict[str, Any]]:
+    """What `http_sd_configs` wants: an entry for each exporter of live runs.
+
+    Runs of one job share theirs. The labels are for relabelling; Prometheus drops them otherwise.
+    """
+    found = {}
+    for run in runs:
+        if run.metrics_url is None or not run.is_live():
+            continue
+        url = urllib.parse.urlsplit(run.metrics_url)
+        labels = {
+            "__scheme__": url.scheme,
+            "__metrics_path__": url.path,
+            "__meta_gradwatch_job": run.job,
+            "__meta_gradwatch_host": run.host,
+        }
+        found[run.metrics_url] = {"targets": [url.netloc], "labels": labels}
+    return list(found.values())
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers GET; whoever never asks, or never reads, is let go of."""
+
+    timeout = 10.0
+    server_version = "gradwatch"
+    sys_version = ""
+    pages: ClassVar = ("/healthz", "/sd")
+
+    def do_GET(self) -> None:
+        """One of the pages; a 404 names them."""
+        service: Service = self.server.service  # type: ignore[attr-defined]
+        path = urllib.parse.urlsplit(self.path).path
+        if path == "/healthz":
+            self._answer(*service.health())
+        elif path == "/sd":
+            try:
+                with Store(service.store) as store:
+                    self._answer(HTTPStatus.OK, targets(store.runs(status="running")))
+            except StoreNotFoundError:
+                self._answer(HTTPStatus.OK, [])
+            except GradwatchError as error:  # Prometheus keeps what it had
+                self._answer(HTTPStatus.SERVICE_UNAVAILABLE, {"problem": str(error)})
+        else:
+            self._answer(HTTPStatus.NOT_FOUND, {"pages": self.pages})
+
+    def handle(self) -> None:
+        """One connection; what it does wrong is not ours to print."""
+        with contextlib.suppress(OSError):
+            super().handle()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+    def _answer(self, status: HTTPStatus, value: Any) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
