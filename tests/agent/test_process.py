@@ -13,6 +13,7 @@ from gradwatch.recorder import Ring
 
 PREAMBLE = """
 import os, signal, sys, torch, gradwatch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have it ignored
 torch.set_num_threads(1)
 weight = torch.nn.Parameter(torch.ones(10))
 optimizer = torch.optim.SGD([weight], lr=0.1)

@@ -14,6 +14,7 @@ from gradwatch.recovery import recover
 # Steps as fast as it can; every step() that returned is noted in memory that outlives the job.
 JOB = """
 import mmap, os, signal, sys, threading, time, torch, gradwatch
+signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have it ignored
 torch.set_num_threads(1)
 with open("returned", "wb") as file:
     file.write(bytes(8))
