@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from gradwatch.recovery import Recovered
-    from gradwatch_monitor.store import Run, Store
+    from gradwatch_monitor.store import Event, Finding, Run, Store, Summary
 
 __all__ = ["app", "main"]
 
@@ -98,7 +98,7 @@ def runs(
 
 @app.command()
 def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
-    """Show one run: counts, last values, findings, the latest events."""
+    """Show one run: counts, last values, findings, events; exit status 1 where there is a finding."""
     with _open(store) as opened:
         found = opened.run(run)
         summary = opened.summary(found.id)
@@ -114,7 +114,13 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
                 "events": [dataclasses.asdict(e) for e in events],
             }
         )
-        return
+    else:
+        _show(found, summary, findings, events)
+    if any(finding.ended_at is None for finding in findings):
+        raise typer.Exit(NOT_FOUND)
+
+
+def _show(found: Run, summary: Summary, findings: list[Finding], events: list[Event]) -> None:
     table = Table(box=None, show_header=False, title=escape(found.name), title_justify="left")
     ratio = summary.clip_ratio
     for label, value in (

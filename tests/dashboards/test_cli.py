@@ -66,6 +66,22 @@ def test_show_equals_sql(run):
     assert "it entered at 2.weight" in text
 
 
+def test_show_of_a_run_with_a_finding_exits_with_1(run):
+    """While it lasts: a script can ask."""
+    write_run(steps=3)
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute(
+            "INSERT INTO findings (run_id, finding, severity, first_step, last_step, found_at, "
+            "message, advice, data) VALUES (1, 'f', 'warning', 0, 2, 0, 'It [b]burns.', 'Water.', '{}')"
+        )
+    status, text, _ = run("show", "first")
+    assert (status, "warning: It [b]burns. Water." in text) == (1, True)
+    assert run("show", "first", "--json")[0] == 1
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute("UPDATE findings SET ended_at = 1")
+    assert run("show", "first")[0] == 0
+
+
 def test_recommend_is_the_librarys(run):
     """The same answer as from Python, and the line to copy."""
     write_run(norms=lognormal(500, middle=5.0))
