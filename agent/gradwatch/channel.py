@@ -114,7 +114,12 @@ class Channel:
 
     def tell_incomplete(self) -> None:
         """Say that the run has ended with records that are not in the store, and where they are."""
-        where = f"the rest is in {place}" if (place := self.ring.place) else "the rest is lost"
+        if self.run.recovered:
+            return  # another job's; it stays for the next who looks
+        place = self.ring.place
+        where = (
+            f"`gradwatch recover` stores the rest, from {place}" if place else "the rest is lost"
+        )
         logger.warning(
             "gradwatch: run %s ended before all of it was stored; %s", self.run.name, where
         )

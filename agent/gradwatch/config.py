@@ -7,6 +7,7 @@ the default written here.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -156,6 +157,9 @@ def resolve_store(url: str) -> str:
 
     A plain path (`runs/gradwatch.db`) is taken as an SQLite file.
     """
+    if "://" not in url and re.match(r"[^/\s]+:[^/\s]+@", url):
+        msg = "the store's URL lacks its scheme: right would be postgresql+psycopg://user@host/name"
+        raise ConfigurationError(msg)
     try:
         if "://" not in url and not url.startswith("sqlite:"):
             parsed = URL.create("sqlite", database=url)
@@ -183,8 +187,11 @@ def resolve_store(url: str) -> str:
 
 
 def sqlite_path(url: str) -> Path | None:
-    """The database file of an SQLite URL; None for another database."""
-    parsed = make_url(url)
+    """The database file of an SQLite URL; None for another database, or what is no URL."""
+    try:
+        parsed = make_url(url)
+    except (ArgumentError, ValueError):
+        return None
     if parsed.get_backend_name() != "sqlite" or not parsed.database:
         return None
     return Path(parsed.database)

@@ -233,6 +233,6 @@ class Delivery:
             self._try(channel, channel.metrics, lambda _, outlet: outlet.end(channel.status))
         channel.complete = complete
         channel.ring.close(remove=complete)
-        if not complete and not channel.run.recovered:
+        if not complete:
             channel.tell_incomplete()
         channel.closed.set()

@@ -357,6 +357,9 @@ def doctor(store: StoreOption = None, as_json: JsonOption = False) -> None:
         print_json([check._asdict() for check in checks])
     else:
         table = Table(box=None, show_header=False)
+        table.add_column()
+        table.add_column()
+        table.add_column(overflow="fold")
         for check in checks:
             table.add_row(check.status, escape(check.subject), escape(check.detail))
         out.print(table)

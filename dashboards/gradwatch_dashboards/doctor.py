@@ -40,10 +40,13 @@ class Check(NamedTuple):
 def examine(store: str, environ: Mapping[str, str]) -> list[Check]:
     """All checks, for this store."""
     try:
+        Settings.load(store=store)
         Settings.load()
     except GradwatchError as error:
-        problem = Check("problem", "settings", str(error))
-        return [*_versions(), _sqlite(), *_store(store), problem, *_variables(environ)]
+        checks = [*_versions(), _sqlite(), *_store(store)]
+        if not any(str(error) in check.detail for check in checks):
+            checks.append(Check("problem", "settings", str(error)))
+        return [*checks, *_variables(environ)]
     return [
         *_versions(),
         _sqlite(),

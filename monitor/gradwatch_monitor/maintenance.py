@@ -13,6 +13,7 @@ from gradwatch.config import redact, resolve_store, sqlite_path
 from gradwatch.errors import StoreError, StoreNotFoundError
 from gradwatch.secrets import scrub
 from gradwatch.sinks import postgres, sqlite
+from gradwatch.sinks.remedies import remedy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +40,9 @@ class Maintained:
             else sqlite.writing_engine(self._url, self.path)
         )
         try:
+            with self._told():
+                if self.path is not None:
+                    sqlite.check(self.path)  # nothing is written into what is no database
             self._begin(create=create)
         except BaseException:
             self._engine.dispose()
@@ -92,7 +96,8 @@ class Maintained:
             reason = scrub(
                 (str(cause).strip().splitlines() or [type(cause).__name__])[0], self._url
             )
-            msg = f"cannot write the store {self.name}: {reason}"
+            advice = f" ({told})" if (told := remedy(cause)) else ""
+            msg = f"cannot write the store {self.name}: {reason}{advice}"
             raise StoreError(msg) from error
         except StoreError as error:
             if self.name in str(error):

@@ -26,6 +26,7 @@ from gradwatch.errors import (
 from gradwatch.policies import ClipNorm
 from gradwatch.secrets import scrub
 from gradwatch.sinks import postgres, sqlite
+from gradwatch.sinks.remedies import remedy
 from gradwatch_monitor.rows import Change, Event, Finding, Run, Summary
 
 if TYPE_CHECKING:
@@ -78,14 +79,10 @@ class Store:
             self._engine = _postgres_reader(self._url)
         else:
             if not path.exists():
-                msg = (
-                    f"there is no store at {self.name}; a job that calls gradwatch.wrap makes it "
-                    "at its first step"
-                )
-                raise StoreNotFoundError(msg)
+                raise StoreNotFoundError(_absent(self.name))
             self._engine = _sqlite_reader(path)
         try:
-            self._check()
+            self._check(path)
         except BaseException:
             self.close()
             raise
@@ -332,9 +329,13 @@ class Store:
         """Close it."""
         self.close()
 
-    def _check(self) -> None:
+    def _check(self, path: Path | None) -> None:
         with self._reading() as connection:
+            if path is not None:
+                sqlite.check(path)  # its WAL may answer for a file that was written over
             found = schema.revision(connection)
+            if found is None and not sa.inspect(connection).get_table_names():
+                raise StoreNotFoundError(_absent(self.name))
             if found is None:
                 msg = f"{self.name} is a database, but not a gradwatch store"
                 raise StoreError(msg)
@@ -368,13 +369,20 @@ class Store:
         except (SQLAlchemyError, sqlite3.Error, ImportError) as error:
             cause = getattr(error, "orig", None) or error
             reason = str(cause).strip().splitlines() or [type(cause).__name__]
-            msg = f"cannot read the store {self.name}: {scrub(reason[0], self._url)}"
+            advice = f" ({told})" if (told := remedy(cause)) else ""
+            msg = f"cannot read the store {self.name}: {scrub(reason[0], self._url)}{advice}"
             raise StoreError(msg) from error
         except StoreError as error:
             if self.name in str(error):
                 raise
             msg = f"cannot read the store {self.name}: {error}"
             raise type(error)(msg) from None
+
+
+def _absent(name: str) -> str:
+    return (
+        f"there is no store at {name}; a job that calls gradwatch.wrap makes it at its first step"
+    )
 
 
 def status_of(run: Run) -> str:

@@ -185,6 +185,42 @@ def test_doctor_asks_the_exporters_of_this_machines_live_runs(run):
     assert "Connection refused" in checks["metrics of live"]["detail"]
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["postgresql+psycopg://gw:S3cr3t/train", "postgresql+psycopg://gw:S3cr3t@h:port/train",
+     "gw:S3cr3t@host/train"],
+)  # fmt: skip
+def test_doctor_of_an_url_that_is_none(run, url):
+    """It says so, like the other verbs, without the password."""
+    for verb in ("doctor", "runs"):
+        status, text, errors = run(verb, "--store", url)
+        assert status == (1 if verb == "doctor" else 2)
+        assert "postgresql+psycopg://user@host/name" in text + errors
+        assert "S3cr3t" not in text + errors
+
+
+def test_a_store_that_was_written_over_is_told_by_every_verb(run):
+    """Though its WAL has all its pages still; and none of them writes into it."""
+    agent = write_run(steps=20, close=False)
+    store = Path("gradwatch.db")
+    assert Path("gradwatch.db-wal").stat().st_size > 0
+    store.write_text("no database\n")
+    for arguments in (
+        ("runs",), ("show", "first"), ("doctor",), ("store", "check"), ("store", "migrate"),
+        ("store", "prune", "--older-than", "1d"), ("store", "copy", "gradwatch.db", "other.db"),
+        ("store", "copy", "other.db", "gradwatch.db"),
+    ):  # fmt: skip
+        if arguments[2:3] == ("other.db",):
+            write_run("other.db", run="other", steps=2)
+        status, text, errors = run(*arguments)
+        assert status == 1, arguments
+        assert "not a database" in text + errors, arguments
+        assert store.read_text() == "no database\n", arguments
+    assert "move the file away" in run("runs")[2]
+    store.unlink()
+    assert agent.flush(20)
+
+
 def test_doctor_says_that_a_store_is_not_there_yet(run):
     """Nothing is wrong before the first job."""
     status, text, _ = run("doctor", "--json")

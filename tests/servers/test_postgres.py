@@ -21,6 +21,7 @@ from gradwatch.records import Batch
 from gradwatch.recovery import recover
 from gradwatch.sinks.database import DatabaseSink
 from gradwatch.testing import run_info
+from gradwatch_dashboards.doctor import examine
 from gradwatch_monitor import Store
 from gradwatch_monitor.migrations import configuration, migrate
 from gradwatch_monitor.store import STEP_COLUMNS
@@ -182,6 +183,14 @@ def test_both_databases_show_the_same(url):
             assert getattr(summaries[0], field) == getattr(summaries[1], field)
         assert [len(store.findings(run.id)) for store, run in ((one, a), (other, b))] == [0, 0]
         assert one.last_step(a.id) == other.last_step(b.id) == 49
+
+
+def test_an_empty_database_is_no_store_yet(url):
+    """Nothing is wrong with it: the first job makes the tables."""
+    with pytest.raises(errors.StoreNotFoundError, match="makes it at its first step"):
+        Store(url)
+    (check,) = (check for check in examine(url, {}) if check.subject == "store")
+    assert (check.status, "not there yet" in check.detail) == ("ok", True)
 
 
 def test_findings_are_stored_and_read(url):
@@ -472,7 +481,9 @@ def test_a_server_that_is_stopped_and_started(postgres_server, url, query, caplo
     agent.close()
     assert query("SELECT count(*), min(step), max(step) FROM steps") == [(1010, 0, 1009)]
     assert len([m for m in caplog.messages if "records are kept" in m]) == 1
+    assert "is the server up, and the URL right?" in caplog.text
     assert "takes records again" in caplog.messages[-1]
+    assert {record.name for record in caplog.records} == {"gradwatch"}
     assert not agent._recording.channel.ring.path.exists()
 
 

@@ -17,7 +17,7 @@ from gradwatch.recorder import FLAGS
 from gradwatch.sinks.rows import strict_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from gradwatch.records import Batch, RunInfo
     from gradwatch.sinks.rows import Stored
@@ -181,7 +181,10 @@ def store_small(engine: sa.Engine, ring: str, stored: Stored, batch: Batch, now:
     # As text: a third of the driver's own time for a list.
     arrays = ["{" + str(steps[name].tolist())[1:-1] + "}" for name in _FIELDS]
     values = (*batch.last, ring, *batch.first, now, *arrays)
-    with contextlib.closing(engine.raw_connection()) as connection, _errors_of(engine):
+    with (
+        contextlib.closing(engine.raw_connection()) as connection,
+        _errors_of(engine, connection.invalidate),
+    ):
         driver: Any = connection.driver_connection
         driver.autocommit = True
         try:
@@ -203,18 +206,26 @@ def copy_steps(connection: sa.Connection, stored: Stored, steps: Records) -> Non
         packed[name] = steps[name]
         packed[f"{name}_length"] = packed[name].itemsize
     driver: Any = connection.connection.driver_connection
-    with _errors_of(connection.engine), driver.cursor() as cursor, cursor.copy(_COPY) as copy:
+    with (
+        _errors_of(connection.engine, connection.invalidate),
+        driver.cursor() as cursor,
+        cursor.copy(_COPY) as copy,
+    ):
         copy.write(_COPY_HEADER + packed.tobytes() + _COPY_END)
     connection.exec_driver_sql(_UNSTAGE, (stored.run_id, stored.attempt))
 
 
 @contextlib.contextmanager
-def _errors_of(engine: sa.Engine) -> Iterator[None]:
-    """What the driver raises, when asked past SQLAlchemy, as SQLAlchemy would raise it."""
+def _errors_of(engine: sa.Engine, let_go: Callable[[], None]) -> Iterator[None]:
+    """What the driver raises, when asked past SQLAlchemy, as SQLAlchemy would raise it.
+
+    The connection is let go of: to put one that is dead back into the pool is an error of its own.
+    """
     dbapi: Any = engine.dialect.dbapi
     try:
         yield
     except dbapi.Error as error:
+        let_go()
         raise sa.exc.DBAPIError(None, None, error) from error
 
 

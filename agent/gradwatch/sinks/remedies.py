@@ -12,6 +12,7 @@ _ACCESS = "this user has to be able to write the file and its folder"
 _REPLACE = (
     "move the file away: a new one is then made, with what the flight recorder holds of this run"
 )
+_SERVER = "is the server up, and the URL right?"
 _SQLITE = {
     sqlite3.SQLITE_BUSY: "another program is writing to it, and has to let go",
     sqlite3.SQLITE_FULL: _SPACE,
@@ -37,6 +38,8 @@ def remedy(error: BaseException) -> str | None:
     """What to do about it; None where nobody knows."""
     if isinstance(error, OSError):
         return _SYSTEM.get(error.errno or 0)
+    if type(error).__name__ == "OperationalError" and hasattr(error, "sqlstate"):
+        return _SERVER
     return _SQLITE.get(_primary_code(error))
 
 

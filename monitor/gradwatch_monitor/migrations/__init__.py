@@ -45,6 +45,8 @@ def migrate(url: str) -> tuple[str | None, str]:
         raise StoreNotFoundError(msg)
     engine = postgres.writing_engine(url) if path is None else sqlite.writing_engine(url, path)
     try:
+        if path is not None:
+            sqlite.check(path)
         with engine.begin() as connection:
             if path is None:
                 connection.exec_driver_sql("SET LOCAL statement_timeout TO 0")
