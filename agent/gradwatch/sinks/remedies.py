@@ -13,6 +13,7 @@ _REPLACE = (
     "move the file away: a new one is then made, with what the flight recorder holds of this run"
 )
 _SERVER = "is the server up, and the URL right?"
+_SERVER_STATES = ("08", "28", "3D", "57P")  # connection, login, database name, shutdown
 _SQLITE = {
     sqlite3.SQLITE_BUSY: "another program is writing to it, and has to let go",
     sqlite3.SQLITE_FULL: _SPACE,
@@ -38,8 +39,10 @@ def remedy(error: BaseException) -> str | None:
     """What to do about it; None where nobody knows."""
     if isinstance(error, OSError):
         return _SYSTEM.get(error.errno or 0)
-    if type(error).__name__ == "OperationalError" and hasattr(error, "sqlstate"):
-        return _SERVER
+    if any(kind.__name__ == "OperationalError" for kind in type(error).__mro__):
+        state = getattr(error, "sqlstate", "-")  # SQLite's has none, nor a server that is not there
+        if not state or state.startswith(_SERVER_STATES):
+            return _SERVER
     return _SQLITE.get(_primary_code(error))
 
 
