@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import uuid
@@ -88,8 +89,13 @@ def rank_and_world(environ: Mapping[str, str]) -> tuple[int, int]:
         return 0, 1
 
 
-def is_alive(pid: int) -> bool:
-    """Whether a process of this machine with that id runs."""
+_CLOCK_SLACK = 60.0  # seconds that the clock may have been set by since
+
+
+def is_alive(pid: int, at: float | None = None) -> bool:
+    """Whether a process of this machine with that id runs; one that did `at` that Unix time."""
+    if at is not None and (began := _began(pid)) is not None and began > at + _CLOCK_SLACK:
+        return False  # the id was given to another since
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -97,3 +103,13 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return True  # it is there, and somebody else's
     return True
+
+
+def _began(pid: int) -> float | None:
+    """When a process began, in Unix seconds (proc_pid_stat(5), field 22); None where unknown."""
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        booted = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.MULTILINE)
+        return float(booted[1]) + ticks / os.sysconf("SC_CLK_TCK") if booted else None
+    except (OSError, ValueError, IndexError):
+        return None

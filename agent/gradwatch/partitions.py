@@ -17,7 +17,17 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-__all__ = ["DAY_SECONDS", "day_named", "days_of", "existing", "make", "make_outer", "name"]
+__all__ = [
+    "DAY_SECONDS",
+    "day_named",
+    "days_of",
+    "detached",
+    "existing",
+    "make",
+    "make_outer",
+    "name",
+    "pending",
+]
 
 DAY_SECONDS = 86_400
 _FIRST = 18_262  # 2020-01-01, in days since 1970
@@ -29,6 +39,16 @@ _LOCK = "SELECT pg_advisory_xact_lock(1735549287, 2)"
 _EXISTING = text(
     "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
     "WHERE i.inhparent = 'step_records'::regclass AND NOT i.inhdetachpending"
+)
+
+_PENDING = text(
+    "SELECT c.relname FROM pg_inherits i JOIN pg_class c ON c.oid = i.inhrelid "
+    "WHERE i.inhparent = 'step_records'::regclass AND i.inhdetachpending"
+)
+_DETACHED = text(
+    "SELECT c.relname FROM pg_class c WHERE c.relkind = 'r' AND pg_table_is_visible(c.oid) "
+    "AND c.relname LIKE 'step_records_%' "
+    "AND NOT EXISTS (SELECT 1 FROM pg_inherits i WHERE i.inhrelid = c.oid)"
 )
 
 
@@ -59,6 +79,17 @@ def existing(connection: Connection) -> set[int]:
     """The days that have a partition."""
     days = {day_named(table) for table in connection.execute(_EXISTING).scalars()}
     return {day for day in days if day is not None}
+
+
+def pending(connection: Connection) -> list[str]:
+    """The partitions whose DETACH was cut short; PostgreSQL takes no other before it is done."""
+    return [*connection.execute(_PENDING).scalars()]
+
+
+def detached(connection: Connection) -> list[str]:
+    """The tables that were partitions, and were to be dropped."""
+    found = connection.execute(_DETACHED).scalars()
+    return [table for table in found if day_named(table) is not None]
 
 
 def make(connection: Connection, days: Collection[int]) -> None:

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 __all__ = ["Copied", "copy"]
 
 _BATCH = 5000
+# Rows that change after they were made, by what tells one of a run from another.
+_CHANGING = {
+    schema.findings: ("finding",),
+    schema.threshold_changes: ("requested_at", "requested_by"),
+}
 _ONCE = (schema.events, schema.findings, schema.threshold_changes, schema.recommendations)
 
 
@@ -90,7 +95,7 @@ def _run(reading: sa.Connection, connection: sa.Connection, old: int) -> tuple[i
     ).one_or_none()
     if known is None:
         connection.execute(sa.insert(runs).values(**row))
-    elif known.heartbeat_at < row["heartbeat_at"]:
+    elif known.heartbeat_at <= row["heartbeat_at"]:
         connection.execute(sa.update(runs).where(runs.c.id == known.id).values(**row))
     new = connection.execute(sa.select(runs.c.id).where(runs.c.uid == row["uid"])).scalar_one()
     return int(new), known is None
@@ -142,6 +147,9 @@ def _copy_once(
             there[key(row)] -= 1
         else:
             missing.append({**row, "run_id": new})
+    for row in missing if table in _CHANGING else ():
+        same = (table.c[name] == row[name] for name in _CHANGING[table])
+        connection.execute(sa.delete(table).where(table.c.run_id == new, *same))
     if missing:
         connection.execute(sa.insert(table), missing)
     return len(missing)

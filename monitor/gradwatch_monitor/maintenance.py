@@ -62,6 +62,9 @@ class Maintained:
         """Statements that are a transaction each, as some of PostgreSQL's have to be."""
         engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
         with self._told(), engine.connect() as connection:
+            if self.path is None:  # to wait for a reader is no failure
+                connection.exec_driver_sql("SET statement_timeout TO 0")
+                connection.exec_driver_sql("SET lock_timeout TO 0")
             yield connection
 
     def __enter__(self) -> Self:

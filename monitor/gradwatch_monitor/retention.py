@@ -86,6 +86,11 @@ def _drop_days(store: Maintained, live: list[int], before: float) -> dict[str, i
 
     DETACH … CONCURRENTLY waits for who uses the table and keeps nobody from it.
     """
+    with store.statements() as connection:
+        for left in partitions.pending(connection):  # a prune before was cut short
+            connection.exec_driver_sql(f"ALTER TABLE step_records DETACH PARTITION {left} FINALIZE")
+        for left in partitions.detached(connection):
+            connection.exec_driver_sql(f"DROP TABLE {left}")
     with store.transaction() as connection:
         there = partitions.existing(connection)
     last = before // partitions.DAY_SECONDS

@@ -22,6 +22,9 @@ import gradwatch
 from gradwatch import Agent
 from gradwatch.recorder import Ring
 from gradwatch.recovery import recover
+from gradwatch.sinks import NotYetError
+from gradwatch.sinks.database import DatabaseSink
+from gradwatch.testing import run_info
 from gradwatch_dashboards.cli import app
 
 
@@ -168,6 +171,38 @@ def test_a_job_that_lives_is_left_alone():
         check=False,
     ).returncode == 0  # fmt: skip
     agent.close()
+
+
+RECOVER = "import gradwatch.recovery as r; print(len(r.recover('gradwatch.db')))"
+
+
+def test_a_job_that_copies_its_own_folder_is_left_alone():
+    """It lets go of its lock thereby: a process loses those of a file that it closes."""
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    agent = Agent(optimizer, run="live")
+    optimizer.step()
+    assert agent.flush()
+    shutil.copytree("gradwatch.db.rings", "copied")
+    shutil.rmtree("copied")
+    done = subprocess.run(
+        [sys.executable, "-c", RECOVER], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0\n"
+    assert len(rings()) == 1
+    assert query("SELECT status FROM runs") == [("running",)]
+    agent.close()
+
+
+def test_a_rank_that_did_not_know_its_run_hides_nothing():
+    """Killed before rank 0 had told it: it is no attempt of its own, though the job has one id."""
+    shared = {"uid": "job-7", "uid_source": "launcher", "world_size": 2, "recovered": True}
+    sink = DatabaseSink("sqlite:///gradwatch.db")
+    sink.open(run_info(**shared, ring="zero"))
+    with pytest.raises(NotYetError, match="rank 1"):
+        sink.open(run_info(**shared, ring="one", rank=1))
+    assert query("SELECT count(*) FROM attempts") == [(1,)]
+    sink.dispose()
 
 
 def test_two_recover_at_the_same_time():

@@ -6,18 +6,21 @@ import sys
 import time
 
 import numpy as np
+import psycopg
 import pytest
+import sqlalchemy as sa
 import torch
 from loops import mlp, set_gradients
 from stores import write_run
 
-from gradwatch import Agent, errors
+from gradwatch import Agent, errors, schema
 from gradwatch.recorder import STEP_DTYPE
 from gradwatch.records import Batch, Event, LayerNorms
 from gradwatch.sinks.database import DatabaseSink
 from gradwatch.testing import run_info
 from gradwatch_dashboards import cli
 from gradwatch_monitor import Store, copying, integrity, retention
+from gradwatch_monitor.maintenance import Maintained
 
 DAY = 86_400
 NOW = 1_700_000_000.0  # 2023-11-14 22:13:20
@@ -156,6 +159,30 @@ def fill(url):
     write(url, "by hand", [3, 1])
 
 
+def test_a_prune_that_was_cut_short_is_finished_by_the_next(postgres_server):
+    """PostgreSQL's half-made DETACH, left by a reader that held it up, stops nothing for good."""
+    url = postgres_server.new_database()
+    write(url, "old", [40, 39])
+    (first, second) = sorted(
+        day for (day,) in postgres_server.query(
+            url, "SELECT c.relname FROM pg_inherits JOIN pg_class c ON c.oid = inhrelid "
+            "WHERE relname ~ '[0-9]$'",
+        )
+    )  # fmt: skip
+    database = url.rpartition("/")[2]
+    with postgres_server.connect(database) as prune, postgres_server.connect(database) as reader:
+        prune.execute(f"ALTER TABLE step_records DETACH PARTITION {second}")  # and not dropped
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM step_records")
+        prune.execute("SET lock_timeout TO '300ms'")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            prune.execute(f"ALTER TABLE step_records DETACH PARTITION {first} CONCURRENTLY")
+    retention.prune(url, 30, now=NOW)
+    assert postgres_server.query(
+        url, "SELECT relname FROM pg_class WHERE relname IN (%s, %s)", first, second
+    ) == []  # fmt: skip
+
+
 def test_a_copy_shows_the_same(stores, postgres_server, tmp_path):
     """To SQLite and to PostgreSQL, from either; run twice nothing is twice."""
     source = stores()
@@ -172,6 +199,30 @@ def test_a_copy_shows_the_same(stores, postgres_server, tmp_path):
         assert (again.runs, again.steps, again.layer_norms, again.others) == (0, 0, 0, 0)
         assert content(target) == {**wanted, **there}
         assert integrity.check(target) == []
+
+
+def test_what_changes_is_copied_as_it_is_now(stores):
+    """A finding that grew, a change that was made meanwhile, a run that ended: none is there twice."""
+    source, target = stores(), stores()
+    write(source, "one", [9, 8, 7, 6])
+    finding = {"run_id": 1, "finding": "f", "severity": "info", "first_step": 0, "found_at": 0.0,
+               "message": "m", "advice": "a", "data": {}}  # fmt: skip
+    change = {"run_id": 1, "requested_at": 5.0, "requested_by": "me", "threshold": 0.5}
+    with Maintained(source) as store, store.transaction() as connection:
+        connection.execute(sa.insert(schema.findings).values(**finding, last_step=1))
+        connection.execute(sa.insert(schema.threshold_changes).values(**change))
+        connection.execute(sa.update(schema.runs).values(status="running"))
+    copying.copy(source, target)
+    with Maintained(source) as store, store.transaction() as connection:
+        connection.execute(sa.update(schema.findings).values(last_step=3))
+        connection.execute(sa.update(schema.threshold_changes).values(applied_step=2))
+        connection.execute(sa.update(schema.runs).values(status="crashed"))
+    for _ in range(2):
+        copying.copy(source, target)
+        with Store(target) as copied:
+            assert [found.last_step for found in copied.findings(1)] == [3]
+            assert [made.applied_step for made in copied.changes(1)] == [2]
+            assert copied.run(1).status == "crashed"
 
 
 def test_a_copy_that_was_cut_short_goes_on(stores, tmp_path, monkeypatch):

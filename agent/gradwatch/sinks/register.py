@@ -46,6 +46,11 @@ def register(connection: sa.Connection, run: RunInfo, now: float) -> Registratio
         return Registration(run, Stored(mine.run_id, mine.attempt, run.rank), None)
     if run.leader is not None:
         return _join(connection, run, run.leader)
+    if run.recovered and run.rank != 0:
+        msg = (
+            f"rank {run.rank} was killed before it knew which run of its job's rank 0 it belongs to"
+        )
+        raise NotYetError(msg)
 
     known = connection.execute(sa.select(runs).where(runs.c.uid == run.uid)).one_or_none()
     if known and run.uid_source == "launcher" and not _is_the_same(run, known, now):
