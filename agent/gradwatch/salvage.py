@@ -126,9 +126,12 @@ def _metadata(path: Path, descriptor: int) -> Any:
 
 
 def _copy(path: Path, descriptor: int) -> Ring:
-    content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-    buffer = mmap.mmap(-1, max(spans(content).size, len(content)))
-    buffer[: len(content)] = content
+    size = os.fstat(descriptor).st_size
+    buffer = mmap.mmap(-1, max(spans(os.pread(descriptor, PAGE, 0)).size, size))
+    with memoryview(buffer) as view:
+        at = 0  # one read returns 2 GiB at most
+        while at < size and (count := os.preadv(descriptor, [view[at:size]], at)):
+            at += count
     return Ring(buffer, path, descriptor)
 
 
