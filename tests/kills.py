@@ -2,10 +2,29 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+# What a job's script begins with: an optimizer, and how to step and to die.
+PREAMBLE = """
+import os, signal, sys, threading, torch, gradwatch
+torch.set_num_threads(1)
+weight = torch.nn.Parameter(torch.ones(10))
+optimizer = torch.optim.SGD([weight], lr=0.0)
+def begin(**arguments):
+    settings = gradwatch.Settings(metrics_port="off", drain_interval=float(os.environ.get("DRAIN", 30)),
+                                  **arguments)
+    return gradwatch.Agent(optimizer, settings=settings, run="job")
+def steps(n):
+    for i in range(n):
+        weight.grad = torch.full((10,), float(i + 1))
+        optimizer.step()
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 # A factory of jobs: torch is loaded once, and every line on its input forks a job that steps
 # until it is killed. After each step() that returned, the job notes it in a file of its own.
@@ -83,3 +102,9 @@ def returned(number):
     path = Path(f"returned-{number}")
     noted = path.read_bytes() if path.exists() else b""
     return int.from_bytes(noted[:8], "little")
+
+
+def query(sql, path="gradwatch.db"):
+    """Rows of a store, by a connection that only reads."""
+    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
+        return connection.execute(sql).fetchall()

@@ -14,6 +14,7 @@ from gradwatch import arguments
 from gradwatch.amp import ScalerWatch
 from gradwatch.arguments import NOT_GIVEN, NotGiven
 from gradwatch.errors import AlreadyWrappedError, ConfigurationError, NotWrappedError
+from gradwatch.guard import guard, unguard
 from gradwatch.hooks import StepHooks
 from gradwatch.names import ParameterNames
 from gradwatch.notices import Notices
@@ -171,6 +172,7 @@ class Agent:
             optimizer.register_step_pre_hook(self._hooks.before),
             optimizer.register_step_post_hook(self._hooks.after),
         )
+        guard(optimizer, self._hooks.broken_off)
         pipeline.in_child(self._forked)
         # The pipeline ends every run at exit; this one is for an optimizer that goes before.
         self._finalizer = weakref.finalize(optimizer, self._optimizer_is_gone)
@@ -309,6 +311,7 @@ class Agent:
             handle.remove()
         if (optimizer := self._optimizer()) is not None:
             _agents.pop(optimizer, None)
+            unguard(optimizer)
             self._hooks.new_attempt(optimizer, NullTape())
             if self._scaler is not None:
                 self._scaler.off(optimizer)

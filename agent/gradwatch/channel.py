@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
-from gradwatch.habits import ClippedTwice
+from gradwatch.habits import ClippedAfterStep, ClippedTwice
 from gradwatch.sinks import NotYetError
 from gradwatch.troubles import logger
 
@@ -34,6 +34,7 @@ class Outlet:
         self.stored = 0  # step records handed over; never reset
         self.failures = 0  # in a row
         self.failing_since = 0.0
+        self.problem: str | None = None  # what the last failure was
         self.retry_at = 0.0
         self.beat_at = 0.0
         self.ended = False
@@ -78,9 +79,10 @@ class Channel:
         self.settle = settle  # puts steps on the tape that are on a device still
         self.store = Outlet("store", store)
         self.metrics = Outlet("metrics", metrics)
-        self.habits = ClippedTwice()
+        self.habits = (ClippedTwice(), ClippedAfterStep())
         self.findings: list[Finding] = []  # not in the store yet
         self.overhead = 0.0  # seconds in the hooks; the training thread adds to it
+        self.look_at = 0.0  # when to see again whether the ring's file is there
         self.urgent = False  # somebody waits: do not let a failing store rest
         self.closing = False
         self.status: RunStatus | None = None
@@ -88,6 +90,7 @@ class Channel:
         self.closed = threading.Event()
         self.complete = False  # once closed: whether all of the ring was stored
         self._lost: dict[str, int] = {}  # never reset
+        self.failed_told = 0  # of the steps that could not be recorded: those the store knows of
 
     def end(self, status: RunStatus | None, deadline: float) -> None:
         """Ask the worker to store what is left, until the deadline, and to end the run."""
@@ -111,6 +114,10 @@ class Channel:
     def lose(self, reason: str, count: int = 1) -> None:
         """Count records that will not reach the store."""
         self._lost[reason] = self._lost.get(reason, 0) + count
+
+    def failed_untold(self) -> int:
+        """Steps that could not be recorded, of which the store does not know."""
+        return self._lost.get("error", 0) - self.failed_told
 
     def tell_incomplete(self) -> None:
         """Say that the run has ended with records that are not in the store, and where they are."""

@@ -36,11 +36,21 @@ class Settings(BaseSettings):
         str, Field(repr=False, description="Where records go: an SQLAlchemy URL, or a file's path.")
     ] = DEFAULT_STORE
     run: Annotated[
-        str | None, Field(min_length=1, description="The run's name; default: the script's name.")
+        str | None,
+        Field(
+            min_length=1,
+            max_length=240,  # the store's column has 255, and may need some for a -2
+            description="The run's name, 240 characters at most; default: the script's name.",
+        ),
     ] = None
     run_id: Annotated[
         str | None,
-        Field(min_length=1, description="The run's uid: a job started again under it resumes it."),
+        Field(
+            min_length=1,
+            max_length=240,
+            description="The run's uid, 240 characters at most: a job started again under it "
+            "resumes it.",
+        ),
     ] = None
     metrics_port: Annotated[
         int | Literal["off"] | None,
@@ -55,6 +65,14 @@ class Settings(BaseSettings):
     advertised_addr: Annotated[
         str | None,
         Field(description="Host name or address under which Prometheus reaches the exporter."),
+    ] = None
+    sd_dir: Annotated[
+        Path | None,
+        Field(
+            description="Folder in which the exporter's address is left as a file for Prometheus' "
+            "`file_sd_configs`; default: none. The file goes when the job ends well and stays when "
+            "it dies."
+        ),
     ] = None
     disabled: Annotated[
         bool, Field(description="Stop recording (no ring, worker, store or exporter); clip still.")
@@ -93,7 +111,9 @@ class Settings(BaseSettings):
         Field(gt=0, le=60, description="Seconds between two looks of the worker at the rings."),
     ] = 0.25
     heartbeat_interval: Annotated[
-        float, Field(gt=0, le=3600, description="Seconds between two heartbeats of a run.")
+        # A run that was silent for 60 s is taken for gone, by whoever prunes or resumes: half of that.
+        float,
+        Field(gt=0, le=30, description="Seconds between two heartbeats of a run."),
     ] = 5.0
     layer_norms_every: Annotated[
         int | None,
@@ -103,6 +123,14 @@ class Settings(BaseSettings):
             "a non-finite step; default: the greater of 100 and 10 x the number of tensors.",
         ),
     ] = None
+
+    @field_validator("run", "run_id")
+    @classmethod
+    def _storable(cls, value: str | None) -> str | None:
+        if value is not None and "\0" in value:
+            msg = "it holds a NUL, which PostgreSQL takes in no text"
+            raise ValueError(msg)
+        return value
 
     @field_validator("metrics_port", mode="before")
     @classmethod
@@ -157,7 +185,7 @@ def resolve_store(url: str) -> str:
 
     A plain path (`runs/gradwatch.db`) is taken as an SQLite file.
     """
-    if "://" not in url and re.match(r"[^/\s]+:[^/\s]+@", url):
+    if re.match(r"(?![a-zA-Z]:[\\/])(?!sqlite:)[^/:@]+:(?!//).*@", url, re.DOTALL):
         msg = "the store's URL lacks its scheme: right would be postgresql+psycopg://user@host/name"
         raise ConfigurationError(msg)
     try:
@@ -167,8 +195,8 @@ def resolve_store(url: str) -> str:
             parsed = make_url(quoted(url))
     except (ArgumentError, ValueError):
         msg = (
-            f"store {redact(url)!r} is not a database URL; "
-            "right would be sqlite:///gradwatch.db or postgresql+psycopg://user@host/name"
+            f"store {redact(url)!r} is not a database URL; right would be sqlite:///gradwatch.db or "
+            "postgresql+psycopg://user@host/name, what is special in a password percent-encoded"
         )
         raise ConfigurationError(msg) from None
     if parsed.get_backend_name() not in {"sqlite", "postgresql"}:
@@ -179,7 +207,7 @@ def resolve_store(url: str) -> str:
         raise ConfigurationError(msg)
     if parsed.get_backend_name() == "sqlite":
         if not parsed.database or parsed.database == ":memory:":
-            msg = f"store {url!r}: an SQLite store is a file, as in sqlite:///gradwatch.db"
+            msg = f"store {redact(url)!r}: an SQLite store is a file, as in sqlite:///gradwatch.db"
             raise ConfigurationError(msg)
         path = Path(parsed.database).expanduser().absolute()
         parsed = parsed.set(database=os.path.normpath(path))

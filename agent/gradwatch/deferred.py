@@ -107,8 +107,8 @@ class _Slot:
         """Put the extras beside the norms; what is a number here already stays here."""
         self.known = []
         for place, value in zip(self.extras, values, strict=True):
-            if isinstance(value, torch.Tensor) and value.device == self.device:
-                place.copy_(value.detach().reshape(()))
+            if isinstance(value, torch.Tensor) and value.device.type in DEVICES:
+                place.copy_(value.detach().reshape(()), non_blocking=True)
                 self.known.append(None)
             else:
                 self.known.append(math.nan if value is None else float(value))
@@ -185,8 +185,10 @@ class Deferred:
             self._measure(optimizer, slot, grads)
             scale, found_inf = self._carrier.left_by_scaler(optimizer)
             slot.scaled = scale is not None
-            unfit = self._unfit(slot, found_inf) if mode == "skip" else None
-            divisor = self._divisor(slot, scale, step.threshold, whole=mode == "skip")
+            # A scaler keeps its own on the device of the loss, with a model over several GPUs.
+            here, inf_here = _on(slot.device, scale), _on(slot.device, found_inf)
+            unfit = self._unfit(slot, inf_here) if mode == "skip" else None
+            divisor = self._divisor(slot, here, step.threshold, whole=mode == "skip")
             known_scale = loss_scale() if scale is None and loss_scale is not None else scale
             slot.take_along(known_scale, found_inf, loss, optimizer.param_groups[0].get("lr"))
             slot.send()
@@ -298,6 +300,10 @@ class Deferred:
         noted = self._treat.complete(optimizer, step)
         if slot.sampled or noted:
             self._treat.sample(optimizer, step, weights if slot.with_weights else None)
+
+
+def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.to(device, non_blocking=True)
 
 
 def _every(optimizer: Optimizer) -> list[Tensor]:

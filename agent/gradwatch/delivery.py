@@ -6,6 +6,7 @@ hangs holds up the worker, never the training.)
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 from gradwatch.events import decode
@@ -14,6 +15,7 @@ from gradwatch.sinks import (
     BusyError,
     CursorMovedError,
     NotYetError,
+    RefusedError,
     RunForgottenError,
     SinkError,
 )
@@ -32,10 +34,12 @@ __all__ = ["Delivery"]
 _LOST = {
     "ring_full": "steps overwritten in a full flight recorder",
     "torn": "steps torn",
+    "error": "steps that could not be recorded",
     "events": "blocks of events overwritten or torn",
 }
 _BATCH_STEPS = 20_000
 _LISTEN_SECONDS = 0.5  # between two looks for a threshold that somebody has applied
+_RING_SECONDS = 30.0  # between two looks whether the flight-recorder file is still there
 _RETRY_SECONDS = 5.0  # the longest pause between two tries of a sink that failed
 
 
@@ -73,40 +77,74 @@ class Delivery:
             self._try(channel, store, self._feed)
             if channel.control is not None:
                 self._try(channel, store, self._listen)
+        self._look_for_the_ring(channel)
         if channel.closing:
             self._finish(channel)
+
+    def _look_for_the_ring(self, channel: Channel) -> None:
+        """Say once that the file was deleted: nothing else would show it before a crash."""
+        path, now = channel.ring.path, self._clock.monotonic()
+        if path is None or channel.run.recovered or now < channel.look_at:
+            return
+        channel.look_at = now + _RING_SECONDS
+        if channel.ring.place is None:
+            self._troubles.report(
+                f"deleted {path}",
+                f"the flight-recorder file {path} was deleted: steps reach the store as before, but "
+                "those it does not have yet would not outlive a crash, until the job starts anew; "
+                "set GRADWATCH_RING_DIR to a folder that nobody cleans",
+            )
 
     def _try(
         self, channel: Channel, outlet: Outlet, act: Callable[[Channel, Outlet], bool]
     ) -> None:
         """Do it, and note how it went; only work that the sink did shows that it works again."""
-        fault = f"{outlet.name} {id(outlet.sink)}"
         try:
             worked = act(channel, outlet)
         except CursorMovedError as moved:  # not where we left it: go on from there
             outlet.steps, outlet.events = moved.steps, moved.events
         except Exception as error:  # noqa: BLE001 - a sink may be anybody's; the others go on
-            now = self._clock.monotonic()
-            if not outlet.failures:
-                outlet.failing_since = now
-            outlet.failures += 1
-            outlet.retry_at = now + min(_RETRY_SECONDS, self.retry * 2.0**outlet.failures)
-            if isinstance(error, NotYetError):
-                return
-            if isinstance(error, BusyError) and now - outlet.failing_since < self.patience:
-                return
-            if isinstance(error, RunForgottenError):
-                outlet.start_over()
-                if channel.control is not None:
-                    channel.control.seen = 0  # a new store counts anew
-            known = isinstance(error, SinkError)
-            message = str(error) if known else f"the {outlet.name} failed ({error!r})"
-            where = channel.ring.place or "memory, and would not outlive a crash"
-            self._troubles.report(fault, f"{message}; records are kept in {where}")
+            self._failed(channel, outlet, error)
         else:
             if worked and outlet.failures:
                 outlet.failures, outlet.retry_at = 0, 0.0
-                self._troubles.clear(fault, f"the {outlet.name} takes records again")
+                if not channel.run.recovered:
+                    self._troubles.clear(_fault(outlet), f"the {outlet.name} takes records again")
+
+    def _failed(self, channel: Channel, outlet: Outlet, error: Exception) -> None:
+        """To be tried again, later each time, and said once."""
+        now = self._clock.monotonic()
+        if not outlet.failures:
+            outlet.failing_since = now
+        outlet.failures += 1
+        outlet.retry_at = now + min(_RETRY_SECONDS, self.retry * 2.0**outlet.failures)
+        if isinstance(error, RunForgottenError):
+            outlet.start_over()
+            if channel.control is not None:
+                channel.control.seen = 0  # a new store counts anew
+        known = isinstance(error, SinkError)
+        message = str(error) if known else f"the {outlet.name} failed ({error!r})"
+        where = channel.ring.place or "memory, and would not outlive a crash"
+        outlet.problem = f"{message}; records are kept in {where}"
+        if channel.run.recovered:
+            self._leave(channel, outlet, error, message)
+        elif not isinstance(error, NotYetError) and not (
+            isinstance(error, BusyError) and now - outlet.failing_since < self.patience
+        ):
+            self._troubles.report(_fault(outlet), outlet.problem)
+
+    def _leave(self, channel: Channel, outlet: Outlet, error: Exception, message: str) -> None:
+        """A ring that somebody left, not stored: that the store is down its own runs tell."""
+        if isinstance(error, NotYetError):
+            channel.deadline = -math.inf  # at the next look its run may be there
+        elif isinstance(error, RefusedError) or not isinstance(error, SinkError):
+            channel.ring.set_aside()
+            channel.deadline = -math.inf
+            outlet.problem = (
+                f"{message}; it would never be stored, and was set aside as {channel.ring.path}: "
+                "a newer gradwatch may store it, under its old name"
+            )
+            self._troubles.report(f"ring {channel.run.ring}", outlet.problem)
 
     def _open(self, channel: Channel, outlet: Outlet) -> bool:
         if outlet.run is not None:
@@ -124,8 +162,9 @@ class Delivery:
             return False
         worked = False
         is_store = outlet is channel.store
-        while not outlet.reached(channel.ring.heads) or (is_store and channel.findings):
-            batch = self._batch(channel, outlet)
+        failed = channel.failed_untold() if is_store else 0
+        while not outlet.reached(channel.ring.heads) or failed or (is_store and channel.findings):
+            batch = self._batch(channel, outlet, failed)
             try:
                 outlet.sink.write(outlet.run, batch)
             except CursorMovedError as moved:
@@ -136,6 +175,8 @@ class Delivery:
             outlet.stored += len(batch.steps)
             outlet.beat_at = self._clock.monotonic() + self.heartbeat
             if is_store:
+                channel.failed_told += failed
+                failed = 0
                 del channel.findings[: len(batch.findings)]
                 for reason, count in batch.dropped.items():
                     channel.lose(reason, count)
@@ -167,7 +208,7 @@ class Delivery:
                 control.offer(wanted)
         return worked
 
-    def _batch(self, channel: Channel, outlet: Outlet) -> Batch:
+    def _batch(self, channel: Channel, outlet: Outlet, failed: int) -> Batch:
         steps = channel.ring.read_steps(outlet.steps, _BATCH_STEPS)
         messages = channel.ring.read_events(outlet.events)
         events: list[Event] = []
@@ -190,6 +231,8 @@ class Delivery:
         dropped = {reason: count for reason, count in lost.items() if count}
         if dropped:
             events.append(self._records_dropped(channel, steps.records, dropped))
+        if failed:
+            events.append(self._records_dropped(channel, steps.records[-1:], {"error": failed}))
         return Batch(
             steps.records,
             events,
@@ -202,32 +245,36 @@ class Delivery:
 
     def _records_dropped(self, channel: Channel, records: Any, dropped: dict[str, int]) -> Event:
         step = int(records["step"][0]) if len(records) else channel.run.start_step
+        where = "around" if "error" in dropped else "before"
         shown = ", ".join(f"{count} {_LOST[reason]}" for reason, count in dropped.items())
         return Event(
             "records_dropped",
             step,
             self._clock.time(),
             "warning",
-            f"not everything before step {step} reached the store: {shown}",
+            f"not everything {where} step {step} reached the store: {shown}",
             dropped,
             channel.run.rank,
         )
 
     def _inspect(self, channel: Channel, batch: Batch) -> None:
-        finding = channel.habits.observe(batch.steps) if channel.run.rank == 0 else None
-        if finding is not None:
+        if channel.run.rank != 0:
+            return
+        for finding in filter(None, (habit.observe(batch.steps) for habit in channel.habits)):
             channel.findings.append(finding)
             logger.warning("gradwatch: %s %s", finding.message, finding.advice)
 
     def _finish(self, channel: Channel) -> None:
         store = channel.store
         # Open still: nothing has been stored, or the store has failed since.
-        stored = store.run is not None and store.reached(channel.ring.heads)
+        told = store.reached(channel.ring.heads) and not channel.failed_untold()
+        stored = store.run is not None and told
         if stored and not store.ended:
             self._try(channel, store, lambda _, outlet: outlet.end(channel.status))
         complete = stored and store.ended
         if not complete and self._clock.monotonic() < channel.deadline:
-            channel.urgent = True  # tried again at the next look, until the deadline
+            # Tried again at the next look, until the deadline; what others left is not urgent.
+            channel.urgent = not channel.run.recovered
             return
         if channel.metrics.run is not None:
             self._try(channel, channel.metrics, lambda _, outlet: outlet.end(channel.status))
@@ -236,3 +283,7 @@ class Delivery:
         if not complete:
             channel.tell_incomplete()
         channel.closed.set()
+
+
+def _fault(outlet: Outlet) -> str:
+    return f"{outlet.name} {id(outlet.sink)}"

@@ -5,6 +5,7 @@ GradwatchError
 ├── AlreadyWrappedError (RuntimeError)   the optimizer carries an agent
 ├── NotWrappedError (LookupError)        the optimizer carries none
 ├── NonFiniteGradientError (RuntimeError)  on_nonfinite="raise"
+├── NotControllableError (RuntimeError)  a running job that cannot be changed from outside
 ├── RingError                            a flight-recorder file that cannot be used
 └── StoreError                           the database
     ├── StoreNotFoundError (LookupError)   no store at that URL
@@ -19,6 +20,7 @@ __all__ = [
     "ConfigurationError",
     "GradwatchError",
     "NonFiniteGradientError",
+    "NotControllableError",
     "NotWrappedError",
     "RingError",
     "RunNotFoundError",
@@ -55,6 +57,10 @@ class NonFiniteGradientError(GradwatchError, RuntimeError):
         super().__init__(message)
         self.step = step
         self.parameters = parameters
+
+
+class NotControllableError(GradwatchError, RuntimeError):
+    """A run is not live or does not allow it, or there is nothing to apply or to undo."""
 
 
 class RingError(GradwatchError):

@@ -264,6 +264,7 @@ def threshold_changed(
             "to": None if math.isnan(after[1]) else after[1],
             "clip": str(after[0]),
             "policy": after[0].describe(),
+            "before": before[0].describe(),  # what an undo goes back to
             "requested_by": change.requested_by,
             "reason": change.reason,
         },

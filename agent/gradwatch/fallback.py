@@ -11,6 +11,8 @@ from gradwatch.policies import ClipValue
 from gradwatch.shards import full
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch.optim import Optimizer
 
     from gradwatch.part import Part
@@ -20,12 +22,27 @@ __all__ = ["clip_plainly"]
 
 
 def clip_plainly(
-    optimizer: Optimizer, parts: list[Part], carrier: Carrier, *, skip: bool
-) -> list[str]:
-    """Clip by the thresholds in force; `skip`: hide non-finite gradients. Returns what it could not.
+    optimizer: Optimizer,
+    parts: list[Part],
+    carrier: Carrier,
+    report: Callable[[str, str], None],
+    *,
+    skip: bool,
+) -> None:
+    """Clip by the thresholds in force; `skip`: hide non-finite gradients. Reports what it could not.
 
     The policies by tensor and by unit have no counterpart in torch.
     """
+    try:
+        undone = _clip(optimizer, parts, carrier, skip=skip)
+    except Exception as error:  # noqa: BLE001 - the border with the training loop
+        report("clip", f"a step went unclipped ({type(error).__name__}: {error})")
+    else:
+        if undone:
+            report("clip", f"a step went unclipped by {', '.join(undone)}")
+
+
+def _clip(optimizer: Optimizer, parts: list[Part], carrier: Carrier, *, skip: bool) -> list[str]:
     scale = carrier.loss_scale(optimizer).in_memory
     undone = []
     for part in parts:

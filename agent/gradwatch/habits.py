@@ -9,7 +9,36 @@ import numpy as np
 from gradwatch.recorder import FLAGS
 from gradwatch.records import Finding
 
-__all__ = ["ClippedTwice"]
+__all__ = ["ClippedAfterStep", "ClippedTwice"]
+
+
+class ClippedAfterStep:
+    """Recognises a loop that clips after `step()`: said once a run, of the tenth step that shows it."""
+
+    FROM = 10
+
+    def __init__(self) -> None:
+        self._steps: list[int] = []
+
+    def observe(self, steps: np.ndarray[Any, np.dtype[np.void]]) -> Finding | None:
+        """Take in new records; the finding, the first time there is one."""
+        if len(self._steps) >= self.FROM:
+            return None
+        late = steps["step"][(steps["flags"] & FLAGS.CLIPPED_LATE) != 0]
+        self._steps.extend(late[: self.FROM - len(self._steps)].tolist())
+        if len(self._steps) < self.FROM:
+            return None
+        return Finding(
+            "clip_after_step",
+            "warning",
+            self._steps[0] - 1,
+            self._steps[-1] - 1,
+            f"the loop clips after step(): in {self.FROM} steps that were looked at, the gradients "
+            "were clipped when they had been applied already, so that clipping did nothing.",
+            "Take the loop's own clip_grad_norm_ or clip_grad_value_ out and let gradwatch clip, or "
+            "call it between backward() and step().",
+            {"steps": self.FROM, "source": "torch.nn.utils.clip_grad_norm_: before step()"},
+        )
 
 
 class ClippedTwice:
@@ -82,5 +111,10 @@ class ClippedTwice:
             f"Take the loop's own clip_grad_norm_(…, {limit:g}) out and let gradwatch clip: "
             f"gradwatch.wrap(optimizer, clip=gradwatch.ClipNorm({limit:g})). Where the loop uses "
             "the norm, agent.clip() returns it.",
-            {"limit": float(top), "clipped": len(wall), "window": len(window)},
+            {
+                "limit": float(top),
+                "clipped": len(wall),
+                "window": len(window),
+                "source": "torch.nn.utils.clip_grad_norm_: once, on the gradients as they are",
+            },
         )

@@ -7,7 +7,6 @@ asked for (`on_nonfinite="raise"`). What is done to the gradient in between is i
 from __future__ import annotations
 
 import math
-import sys
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from gradwatch.deferred import IN_FLIGHT, Deferred, on_a_device
 from gradwatch.errors import ConfigurationError
 from gradwatch.events import encode_event
 from gradwatch.fallback import clip_plainly
+from gradwatch.frames import is_within_a_step, leave_to_python, only_makes_state
 from gradwatch.recorder import FLAGS
 from gradwatch.scaling import Carrier
 from gradwatch.step_log import StepLog
@@ -84,14 +84,14 @@ class StepHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before `step()`. With a closure the gradient is made inside it: look there."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if self._open is not None and _is_within_a_step(optimizer):
+        if self._open is not None and is_within_a_step(optimizer):
             self._nested += 1
             return None
         if closure is not None and hasattr(closure, _WATCHED):
             self._nested += 1
             return None
         self._nested = 0
-        if closure is None and "closure" in kwargs and _only_makes_state():
+        if closure is None and "closure" in kwargs and only_makes_state():
             self._nested += 1
             return None
         if not callable(closure):
@@ -116,6 +116,16 @@ class StepHooks:
             if step is not None:
                 self.step = step.number + 1
             self._failed(error, lost=step is not None and not step.recorded)
+
+    def broken_off(self, optimizer: Optimizer) -> None:
+        """`step()` was left by an exception: gradients and optimizer as they were before it.
+
+        Such a step is not on record; the next one has its number.
+        """
+        self._nested = 0
+        if self._open is not None and self._open.by_hand is None:  # else clip() is still to count
+            self._open = None
+        self._carrier.restore(optimizer, broken_off=True)
 
     def clip(self, optimizer: Optimizer) -> Tensor:
         """Look and clip now, in place; the coming step's hook does neither again."""
@@ -268,7 +278,8 @@ class StepHooks:
             self.step += not by_hand
             self._failed(error, lost=not by_hand)
             if step is None or not step.flags & (FLAGS.CLIPPED | FLAGS.SKIPPED):
-                self._clip_plainly(optimizer)
+                skip = self.on_nonfinite != "ignore"
+                clip_plainly(optimizer, self.parts, self._carrier, self._report, skip=skip)
 
     def _begin(self, optimizer: Optimizer, tape: Tape) -> OpenStep:
         """The coming step, under the threshold that somebody has applied since the last."""
@@ -329,6 +340,8 @@ class StepHooks:
         self.step = step.number + 1
         tape = self.tape or self._ensure_tape(optimizer)
         step.ended = began
+        if step.measured:
+            self._treat.afterwards.keep(step.measured[0].grads)
         if self._may_defer:
             if step.deferred:
                 self._deferred.keep()
@@ -366,52 +379,12 @@ class StepHooks:
             self.tape.lose("error")
         self._report("hooks", f"a step could not be recorded ({type(error).__name__}: {error})")
 
-    def _clip_plainly(self, optimizer: Optimizer) -> None:
-        """Clip with torch's own functions, where ours failed before they changed anything."""
-        try:
-            skip = self.on_nonfinite != "ignore"
-            undone = clip_plainly(optimizer, self.parts, self._carrier, skip=skip)
-        except Exception as error:  # noqa: BLE001 - the border with the training loop
-            self._report("clip", f"a step went unclipped ({type(error).__name__}: {error})")
-        else:
-            if undone:
-                self._report("clip", f"a step went unclipped by {', '.join(undone)}")
-
 
 def _still_there(optimizer: Optimizer, grad: Tensor, version: int) -> bool:
     """Whether this gradient is still the one that `clip()` saw."""
     return grad._version == version and any(
         p.grad is grad for group in optimizer.param_groups for p in group["params"]
     )
-
-
-def _is_within_a_step(optimizer: Optimizer) -> bool:
-    """Whether the `step()` that a hook was called from runs inside another one of this optimizer.
-
-    A subclass whose `step` calls `super().step()` may run the hooks at both. Called only where a
-    step is open: that, or an exception that left it so.
-    """
-    frame = sys._getframe(2)
-    wrapper = frame.f_code
-    outer = frame.f_back
-    while outer is not None:
-        if outer.f_code is wrapper and (outer.f_locals.get("args") or (None,))[0] is optimizer:
-            return True
-        outer = outer.f_back
-    return False
-
-
-def _only_makes_state() -> bool:
-    """Whether this is torch.distributed.checkpoint asking an optimizer without state for some.
-
-    It takes a step with gradients of 0 and a learning rate of 0, which is none of the job's.
-    """
-    frame = sys._getframe(2).f_back
-    while frame is not None:
-        if frame.f_code.co_name == "_init_optim_state":
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _scalar(loss: Any) -> Tensor | float | None:
@@ -421,23 +394,6 @@ def _scalar(loss: Any) -> Tensor | float | None:
     return float(loss) if isinstance(loss, (int, float)) else None
 
 
-def _leave_to_python(*functions: Any) -> None:
-    """Keep torch.compile from tracing into these, and into what they call.
-
-    What `torch.compiler.disable` does, without importing the compiler or costing anything a call.
-    A compiled `optimizer.step` calls the hooks as they are, and stays compiled itself.
-    """
-    dynamo = torch._C._dynamo.eval_frame
-    try:
-        action = dynamo._FrameAction.SKIP
-        strategy = dynamo._FrameExecStrategy(action, action)
-        for function in functions:
-            function._torchdynamo_disable = True
-            dynamo.set_code_exec_strategy(function.__code__, strategy)
-    except AttributeError:  # an older torch: a compiled step is traced through, and not recorded
-        return
-
-
-_leave_to_python(
+leave_to_python(
     StepHooks.before, StepHooks.after, StepHooks._enter, StepHooks.clip, Treatment.clip_again
 )

@@ -24,6 +24,8 @@ __all__ = [
     "run_uid",
 ]
 
+_LONGEST = 240  # characters; the store's columns have 255, and may need some for a suffix
+
 UidSource = Literal["state", "setting", "launcher", "fresh"]
 
 
@@ -38,7 +40,7 @@ def launcher(environ: Mapping[str, str]) -> Launcher:
     """The job id of torchelastic or Slurm, else one for this process."""
     elastic = environ.get("TORCHELASTIC_RUN_ID", "")
     if elastic and elastic != "none":  # "none" is what torchrun says where nobody named the job
-        return Launcher(f"torchelastic-{elastic}", survives_restart=True)
+        return Launcher(f"torchelastic-{elastic}"[:_LONGEST], survives_restart=True)
     slurm = environ.get("SLURM_ARRAY_JOB_ID") or environ.get("SLURM_JOB_ID")
     if slurm:
         task = environ.get("SLURM_ARRAY_TASK_ID")
@@ -67,9 +69,9 @@ def default_name(argv: list[str] | None = None) -> str:
     if stem in {"ipykernel_launcher", "colab_kernel_launcher"}:
         return "notebook"
     if stem == "__main__":
-        return Path(script[0]).parent.name or "python"
+        stem = Path(script[0]).parent.name
     # A file name need not be text in any encoding; a database takes nothing else.
-    return stem.encode("utf-8", "replace").decode() or "python"
+    return stem.encode("utf-8", "replace").decode()[:_LONGEST] or "python"
 
 
 def host() -> str:

@@ -59,6 +59,11 @@ AGENT = (
         "gradwatch_last_step_timestamp_seconds", "gauge", "Unix time of the last optimizer step."
     ),
     Metric(
+        "gradwatch_run_active",
+        "gauge",
+        "1 while the run goes on, 0 for a quarter of an hour after it has ended well.",
+    ),
+    Metric(
         "gradwatch_recorder_backlog_records", "gauge", "Records in the ring, not in the store yet."
     ),
     Metric(

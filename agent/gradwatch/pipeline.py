@@ -19,6 +19,7 @@ from gradwatch.delivery import Delivery
 from gradwatch.filesystems import advice, network_kind
 from gradwatch.recovery import Patrol
 from gradwatch.sinks.database import DatabaseSink
+from gradwatch.sinks.file_sd import TargetFile
 from gradwatch.sinks.prometheus import Exporter, PrometheusSink
 from gradwatch.troubles import Troubles
 
@@ -45,6 +46,7 @@ class Pipeline:
         self._delivery = Delivery(self.clock, self.troubles)
         self._patrol = Patrol(self.clock)
         self._exporter: Exporter | None = None
+        self._target: TargetFile | None = None
         self._runs = itertools.count(1)
         self._stores: dict[str, DatabaseSink] = {}
         self._channels: list[Channel] = []
@@ -57,6 +59,7 @@ class Pipeline:
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._ended_well = False
         self._in_child: list[weakref.WeakMethod[Callable[[], None]]] = []
 
     # -- called by agents ----------------------------------------------------------------------
@@ -76,6 +79,8 @@ class Pipeline:
                 self._exporter = self._start_exporter(settings, port)
                 if self._exporter is None:
                     return None
+            if self._target is None and settings.sd_dir is not None:
+                self._target = TargetFile(settings.sd_dir, self._exporter.url, self.troubles)
             if asked_for and port not in {0, self._exporter.port}:
                 self.troubles.report(
                     f"port {port}",
@@ -163,7 +168,13 @@ class Pipeline:
                         self._channels.remove(channel)
             with self._progress:
                 self._progress.notify_all()
-            if self._stopping and not self._channels:
+            ended = self._stopping and not self._channels
+            if self._target is not None:
+                if not ended:
+                    self._target.keep(self.clock.monotonic())
+                elif self._ended_well:
+                    self._target.remove()
+            if ended:
                 return
 
     def _look_for_the_dead(self) -> None:
@@ -183,9 +194,17 @@ class Pipeline:
     # -- the end of the process, and a forked child --------------------------------------------
 
     def shutdown(
-        self, status: RunStatus, timeout: float = EXIT_SECONDS, *, exiting: bool = False
+        self,
+        status: RunStatus,
+        timeout: float = EXIT_SECONDS,
+        *,
+        exiting: bool = False,
+        died: bool = False,
     ) -> None:
-        """End every run that is left, within `timeout` seconds; `exiting`: as the process ends."""
+        """End every run that is left, within `timeout` seconds; `exiting`: as the process ends.
+
+        Where it `died`, Prometheus goes on looking for it, so that it is missed.
+        """
         deadline = time.monotonic() + timeout
         with self._lock:
             channels = list(self._channels)
@@ -193,6 +212,7 @@ class Pipeline:
             if not channel.closing:
                 channel.settle()
                 channel.end(status, self.clock.monotonic() + timeout * 0.6)
+        self._ended_well = not died
         self._stopping = True
         self._wake.set()
         if self._thread is not None:

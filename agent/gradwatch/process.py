@@ -30,7 +30,7 @@ class _Process:
         if self.pipeline is not None:
             # The interpreter is going down: nobody is left to tell.
             with contextlib.suppress(Exception):
-                self.pipeline.shutdown(_exit_status(), exiting=True)
+                self.pipeline.shutdown(_exit_status(), exiting=True, died=_died())
             _stay_interrupted()
 
     def before_fork(self) -> None:
@@ -74,6 +74,12 @@ def _exit_status() -> RunStatus:
     """Failed where an uncaught exception ends the program; a prompt's last error does not."""
     error = getattr(sys, "last_exc", None) or getattr(sys, "last_value", None)
     return "failed" if error is not None and not hasattr(sys, "ps1") else "finished"
+
+
+def _died() -> bool:
+    """Whether the program ends as nobody wanted it to: who presses Ctrl-C knows of it."""
+    interrupted = isinstance(getattr(sys, "last_value", None), KeyboardInterrupt)
+    return _exit_status() == "failed" and not interrupted
 
 
 def _stay_interrupted() -> None:

@@ -1,18 +1,8 @@
 """The flight recorder: a ring of step records and a ring of events in a memory-mapped file.
 
 The file outlives the process, so what the worker had not stored when the process died can be
-read from it. One thread writes, without a lock; any number of readers look on.
-
-Layout (little-endian; version 1), every part starting on a 4,096-byte page:
-
-    header   magic "GRADWTCH", version u32, step size u32, step capacity u64, event slot size u32,
-             (pad) u32, event capacity u64, metadata size u64; at byte 64 the step head u64,
-             at byte 128 the event head u64; at byte 192 how the run ended u64 (an index into
-             `ENDINGS`; 0: it has not said); at byte 256, on ranks other than 0, the name of rank
-             0's ring, 64 bytes of ASCII, zeros after it
-    metadata JSON: who the run is (see `records.RunInfo`)
-    steps    capacity × 96 bytes, `STEP_DTYPE`
-    events   capacity × 512 bytes, `EVENT_DTYPE`: a message is cut over consecutive slots
+read from it. One thread writes, without a lock; any number of readers look on. `layout` has the
+bytes.
 
 A record carries its sequence number (from 1) in its first and its last eight bytes, and the head
 moves only after it is written: a torn record shows by numbers that differ. The magic is written
@@ -22,17 +12,38 @@ record is overwritten; readers count what they missed.
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import json
 import mmap
 import os
-import struct
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
 from gradwatch.errors import RingError
+from gradwatch.layout import (
+    ENDING_AT,
+    ENDINGS,
+    EVENT_DTYPE,
+    EVENT_HEAD_AT,
+    EVENT_PAYLOAD,
+    EVENT_SLOT,
+    FLAGS,
+    HEADER,
+    LEADER_AT,
+    LEADER_BYTES,
+    PAGE,
+    STEP,
+    STEP_DTYPE,
+    STEP_HEAD_AT,
+    header_problem,
+    lay_out,
+    pages,
+    plan,
+    spans,
+)
+from gradwatch.locks import lock, release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,83 +51,7 @@ if TYPE_CHECKING:
 
     from gradwatch.records import RunStatus
 
-__all__ = [
-    "EVENT_DTYPE",
-    "FLAGS",
-    "PAGE",
-    "STEP_DTYPE",
-    "Messages",
-    "NullRing",
-    "Ring",
-    "Spans",
-    "Steps",
-    "header_problem",
-    "held",
-    "lock",
-    "release",
-    "spans",
-]
-
-MAGIC = b"GRADWTCH"
-VERSION = 1
-PAGE = 4096
-_HEADER = struct.Struct("<8sIIQIIQQ")
-_STEP_HEAD_AT = 64
-_EVENT_HEAD_AT = 128
-_ENDING_AT = 192
-_LEADER_AT = 256
-_LEADER_BYTES = 64
-ENDINGS: tuple[RunStatus | None, ...] = (None, "finished", "failed")
-
-
-class FLAGS:
-    """The bits of a step record's `flags`."""
-
-    CLIPPED = 1
-    NONFINITE = 2
-    NONFINITE_LOSS = 4
-    SKIPPED = 8
-    AMP_OVERFLOW = 16
-    MODIFIED = 32  # the gradients were changed in place between backward and step
-
-
-_STEP = struct.Struct("<QqddddddddIIQ")
-STEP_DTYPE = np.dtype(
-    [
-        ("seq", "<u8"),
-        ("step", "<i8"),
-        ("time", "<f8"),
-        ("monotonic", "<f8"),
-        ("loss", "<f8"),
-        ("lr", "<f8"),
-        ("pre_norm", "<f8"),
-        ("post_norm", "<f8"),
-        ("threshold", "<f8"),
-        ("loss_scale", "<f8"),
-        ("flags", "<u4"),
-        ("reserved", "<u4"),
-        ("seq_end", "<u8"),
-    ]
-)
-_EVENT_BYTES = 512
-_EVENT_PAYLOAD = _EVENT_BYTES - 8 - 4 - 4 - 4 - 4 - 8
-_EVENT_SLOT = struct.Struct(f"<QIIII{_EVENT_PAYLOAD}sQ")
-EVENT_DTYPE = np.dtype(
-    [
-        ("seq", "<u8"),
-        ("part", "<u4"),  # from 0
-        ("parts", "<u4"),
-        ("length", "<u4"),
-        ("reserved", "<u4"),
-        ("data", f"V{_EVENT_PAYLOAD}"),
-        ("seq_end", "<u8"),
-    ]
-)
-_MOST_STEPS, _MOST_EVENTS, _MOST_METADATA = 2**26, 2**20, 2**26  # more is no ring of ours
-if _STEP.size != STEP_DTYPE.itemsize or {_EVENT_SLOT.size, EVENT_DTYPE.itemsize} != {
-    _EVENT_BYTES
-}:  # pragma: no cover
-    raise AssertionError
+__all__ = ["EVENT_DTYPE", "FLAGS", "STEP_DTYPE", "Messages", "NullRing", "Ring", "Steps"]
 
 
 class Steps(NamedTuple):
@@ -141,19 +76,19 @@ class Ring:
     """A flight-recorder file, or the same in plain memory where no file can be had."""
 
     def __init__(self, buffer: mmap.mmap, path: Path | None, descriptor: int | None) -> None:
-        header = _HEADER.unpack_from(buffer, 0)
+        header = HEADER.unpack_from(buffer, 0)
         _, _, step_size, self.step_capacity, slot_size, _, self.event_capacity, meta_size = header
         self.path = path
         self._descriptor = descriptor
         self._buffer = buffer
-        self._steps_at = PAGE + _pages(meta_size)
-        self._events_at = self._steps_at + _pages(self.step_capacity * step_size)
+        self._steps_at = PAGE + pages(meta_size)
+        self._events_at = self._steps_at + pages(self.step_capacity * step_size)
         self.metadata: Mapping[str, Any] = json.loads(buffer[PAGE : PAGE + meta_size])
         # One 8-byte store through a cast memoryview is never seen half-done by a reader.
         words = memoryview(buffer)[:PAGE].cast("Q")
-        self._step_head = words[_STEP_HEAD_AT // 8 : _STEP_HEAD_AT // 8 + 1]
-        self._event_head = words[_EVENT_HEAD_AT // 8 : _EVENT_HEAD_AT // 8 + 1]
-        self._ending = words[_ENDING_AT // 8 : _ENDING_AT // 8 + 1]
+        self._step_head = words[STEP_HEAD_AT // 8 : STEP_HEAD_AT // 8 + 1]
+        self._event_head = words[EVENT_HEAD_AT // 8 : EVENT_HEAD_AT // 8 + 1]
+        self._ending = words[ENDING_AT // 8 : ENDING_AT // 8 + 1]
         self.steps = np.frombuffer(buffer, STEP_DTYPE, self.step_capacity, self._steps_at)
         self.events = np.frombuffer(buffer, EVENT_DTYPE, self.event_capacity, self._events_at)
         self._step_size = step_size
@@ -171,7 +106,7 @@ class Ring:
         (A sparse file would instead kill the process with SIGBUS at some later step.)
         Raises `RingError` where the file cannot be made.
         """
-        meta, size = _plan(metadata, steps, events)
+        meta, size = plan(metadata, steps, events)
         descriptor = None
         # Under another name until it is whole and locked: whoever looks for the rings of dead
         # processes does not see it before.
@@ -184,7 +119,7 @@ class Ring:
             _allocate(descriptor, size)
             lock(descriptor)
             buffer = mmap.mmap(descriptor, size)
-            _format(buffer, meta, steps, events)
+            lay_out(buffer, meta, steps, events)
             making.rename(path)
         except OSError as error:
             if descriptor is not None:
@@ -197,9 +132,9 @@ class Ring:
     @classmethod
     def in_memory(cls, metadata: Mapping[str, Any], *, steps: int, events: int) -> Self:
         """A ring that does not outlive the process, for when there is no disk to put it on."""
-        meta, size = _plan(metadata, steps, events)
+        meta, size = plan(metadata, steps, events)
         buffer = mmap.mmap(-1, size)
-        _format(buffer, meta, steps, events)
+        lay_out(buffer, meta, steps, events)
         return cls(buffer, None, None)
 
     @classmethod
@@ -224,16 +159,16 @@ class Ring:
 
     def append_event(self, payload: bytes) -> None:
         """Record a message, cut over as many slots as it needs; an oversized one is refused."""
-        parts = max(1, -(-len(payload) // _EVENT_PAYLOAD))
+        parts = max(1, -(-len(payload) // EVENT_PAYLOAD))
         if parts > self.event_capacity // 2:
             msg = f"an event of {len(payload)} bytes does not fit a ring of {self.event_capacity}"
             raise RingError(msg)
         head = self._event_head[0]
         for part in range(parts):
-            piece = payload[part * _EVENT_PAYLOAD : (part + 1) * _EVENT_PAYLOAD]
+            piece = payload[part * EVENT_PAYLOAD : (part + 1) * EVENT_PAYLOAD]
             seq = head + part + 1
             slot = self._events_at + (seq - 1) % self.event_capacity * self._slot_size
-            _EVENT_SLOT.pack_into(self._buffer, slot, seq, part, parts, len(piece), 0, piece, seq)
+            EVENT_SLOT.pack_into(self._buffer, slot, seq, part, parts, len(piece), 0, piece, seq)
         self._event_head[0] = head + parts
 
     # -- writing: the worker only --------------------------------------------------------------
@@ -245,8 +180,8 @@ class Ring:
 
     def note_leader(self, ring: str) -> None:
         """Whose run this ring's is: that of rank 0 with that ring."""
-        name = ring.encode("ascii", "replace")[:_LEADER_BYTES]
-        self._buffer[_LEADER_AT : _LEADER_AT + len(name)] = name
+        name = ring.encode("ascii", "replace")[:LEADER_BYTES]
+        self._buffer[LEADER_AT : LEADER_AT + len(name)] = name
 
     def trust(self, steps: int, events: int) -> None:
         """Put the heads where the records say they are: of a ring that nobody writes any more."""
@@ -281,7 +216,7 @@ class Ring:
     @property
     def leader(self) -> str | None:
         """The name of rank 0's ring, on another rank that knew it."""
-        noted = self._buffer[_LEADER_AT : _LEADER_AT + _LEADER_BYTES].rstrip(b"\0")
+        noted = self._buffer[LEADER_AT : LEADER_AT + LEADER_BYTES].rstrip(b"\0")
         return noted.decode("ascii", "replace") or None
 
     def read_steps(self, cursor: int, limit: int | None = None) -> Steps:
@@ -305,8 +240,8 @@ class Ring:
         torn = 0
         for seq in range(first + 1, head + 1):
             slot = self._events_at + (seq - 1) % self.event_capacity * self._slot_size
-            start, part, parts, length, _, data, end = _EVENT_SLOT.unpack_from(self._buffer, slot)
-            if start != seq or end != seq or length > _EVENT_PAYLOAD or part != len(pieces):
+            start, part, parts, length, _, data, end = EVENT_SLOT.unpack_from(self._buffer, slot)
+            if start != seq or end != seq or length > EVENT_PAYLOAD or part != len(pieces):
                 torn += 1 + len(pieces)
                 pieces.clear()
                 continue
@@ -316,11 +251,18 @@ class Ring:
                 pieces.clear()
         return Messages(payloads, head, first - cursor, torn + len(pieces))
 
+    def set_aside(self) -> None:
+        """Give the file a name under which nobody looks for rings, if that is allowed."""
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                self.path = self.path.rename(f"{self.path}.aside")
+
     def close(self, *, remove: bool = False) -> None:
-        """Let the file go; with `remove`, delete it (all that it held is stored)."""
+        """Let the file go; with `remove`, delete it (all that it held is stored) if that is allowed."""
         # The memory goes with this object: another thread may be reading the heads.
         if remove and self.path is not None:
-            self.path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.path.unlink()
         if self._descriptor is not None:
             release(self._descriptor)
             self._descriptor = None
@@ -330,7 +272,7 @@ def _appender(
     buffer: mmap.mmap, head: memoryview, start: int, size: int, capacity: int
 ) -> Callable[..., None]:
     """`Ring.append`, a closure: with cold caches every look into an object costs about 1 µs."""
-    pack_into = _STEP.pack_into
+    pack_into = STEP.pack_into
 
     def append(
         step: int,
@@ -368,36 +310,6 @@ def _appender(
     return append
 
 
-# The rings that this process holds, by device and inode: the lock is the process's, and closing
-# any descriptor of such a file would let go of it.
-held: set[tuple[int, int]] = set()
-
-
-def lock(descriptor: int) -> bool:
-    """Take a ring for this process, until it ends or lets go; False: the file system has no locks.
-
-    Raises `OSError` where another process has it.
-    """
-    locked = True
-    try:
-        # lockf, not flock: a forked child does not hold on to it after we are killed.
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in {errno.EACCES, errno.EAGAIN}:
-            raise
-        locked = False
-    found = os.fstat(descriptor)
-    held.add((found.st_dev, found.st_ino))
-    return locked
-
-
-def release(descriptor: int) -> None:
-    """Let go of a ring that `lock` took."""
-    found = os.fstat(descriptor)
-    os.close(descriptor)
-    held.discard((found.st_dev, found.st_ino))
-
-
 class NullRing:
     """Takes every record and keeps none: where recording is off."""
 
@@ -408,16 +320,6 @@ class NullRing:
         """Do nothing."""
 
 
-def _pages(size: int) -> int:
-    return -(-size // PAGE) * PAGE
-
-
-def _plan(metadata: Mapping[str, Any], steps: int, events: int) -> tuple[bytes, int]:
-    meta = json.dumps(metadata, default=str).encode()
-    size = PAGE + _pages(len(meta)) + _pages(steps * _STEP.size) + _pages(events * _EVENT_BYTES)
-    return meta, size
-
-
 def _allocate(descriptor: int, size: int) -> None:
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
@@ -425,39 +327,3 @@ def _allocate(descriptor: int, size: int) -> None:
     block = bytes(1 << 20)  # pragma: no cover - macOS: writing zeros allocates as well
     for start in range(0, size, len(block)):  # pragma: no cover
         os.write(descriptor, block[: size - start])
-
-
-def _format(buffer: mmap.mmap, meta: bytes, steps: int, events: int) -> None:
-    # Touching every page now keeps page faults out of the training steps.
-    for offset in range(0, len(buffer), PAGE):
-        buffer[offset] = 0
-    buffer[PAGE : PAGE + len(meta)] = meta
-    header = _HEADER.pack(MAGIC, VERSION, _STEP.size, steps, _EVENT_BYTES, 0, events, len(meta))
-    buffer[8 : len(header)] = header[8:]
-    buffer[:8] = MAGIC
-
-
-def header_problem(buffer: mmap.mmap | bytes) -> str | None:
-    """What is wrong with what should be a ring's header; None where nothing is."""
-    if len(buffer) < PAGE or buffer[:8] != MAGIC:
-        return "is not a flight-recorder file"
-    _, version, step, steps, slot, _, events, meta = _HEADER.unpack_from(buffer, 0)
-    if version != VERSION or step != _STEP.size or slot != _EVENT_BYTES:
-        return f"is of format version {version}; this gradwatch reads version {VERSION}"
-    if not (0 < steps <= _MOST_STEPS and 0 < events <= _MOST_EVENTS and meta <= _MOST_METADATA):
-        return "has a header that was written over"
-    return None
-
-
-class Spans(NamedTuple):
-    """Where the metadata lies in a ring's file, and how large the whole file is, in bytes."""
-
-    metadata: slice
-    size: int
-
-
-def spans(header: mmap.mmap | bytes) -> Spans:
-    """As a header that has no problem says."""
-    _, _, step, steps, slot, _, events, meta = _HEADER.unpack_from(header, 0)
-    size = PAGE + _pages(meta) + _pages(steps * step) + _pages(events * slot)
-    return Spans(slice(PAGE, PAGE + meta), size)

@@ -7,6 +7,7 @@ takes a batch only where its own cursor of that ring stands (see `sinks.database
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -69,67 +70,80 @@ def recover(
         folders: where to look; default: where a job on this machine with these settings writes.
         progress: called with how many files are done, of how many at most.
 
-    The files of processes that live are left alone. So are those that cannot be stored: they say
-    why. Raises `ConfigurationError` where `store` is no store's URL.
+    The files of processes that live are left alone. So are those that cannot be stored, and in
+    folders that were named those of another store: they say why. Raises `ConfigurationError` where `store` is no store's URL.
     """
     store = resolve_store(store)
-    if folders is None:
-        folders = rings.folders(Settings.load(store=store))
+    named = folders is not None
+    folders = rings.folders(Settings.load(store=store)) if folders is None else folders
     sink = DatabaseSink(store)
     told: dict[Path, Recovered] = {}
 
     def damaged(path: Path, why: str) -> None:
         told[path] = Recovered(path, problem=why)
 
+    foreign = damaged if named else _ignore
     total = sum(len(list(folder.glob("*.ring"))) for folder in folders)
-    for path, channel in left_behind(folders, store, sink, damaged):
+    for path, channel in left_behind(folders, store, sink, damaged, foreign):
         told[path] = _store(path, channel)
         progress(len(told), total)
     # Once more: a rank may have come before the rank 0 whose run it belongs to.
     if any(found.problem for found in told.values()):
-        for path, channel in left_behind(folders, store, sink, damaged):
+        for path, channel in left_behind(folders, store, sink, damaged, foreign):
             told[path] = _store(path, channel)
     progress(total, total)
     return list(told.values())
 
 
 def left_behind(
-    folders: Iterable[Path], store: str, sink: Sink, report: Callable[[Path, str], None]
+    folders: Iterable[Path],
+    store: str,
+    sink: Sink,
+    report: Callable[[Path, str], None],
+    foreign: Callable[[Path, str], None],
 ) -> Iterator[tuple[Path, Channel]]:
     """One after the other, a channel to the sink for each ring that a dead process left for it.
 
     It is to be served until it is closed before the next is asked for. `report` is told of files
-    that nobody can store.
+    that nobody can store, `foreign` of those that belong in another store.
     """
     place = _place(store)
     for folder in folders:
         # The folder beside an SQLite file goes where the file goes.
         near = folder == rings.beside(store)
 
-        def wanted(about: Mapping[str, Any], *, near: bool = near) -> bool:
-            return near or bool(_place(str(about.get("store", ""))) == place)
+        def wanted(path: Path, about: Mapping[str, Any], *, near: bool = near) -> bool:
+            recorded = str(about.get("store", ""))
+            if near or _place(recorded) == place:
+                return True
+            if not salvage.lives(about):
+                foreign(path, f"was recorded for {recorded}: name that store with --store")
+            return False
 
-        problem = rings.intruded(folder)
-        if problem is not None:
-            report(folder, problem)
-            continue
-        try:
-            salvage.sweep(folder, time.time())
-            paths = sorted(folder.glob("*.ring"))
-        except OSError as error:
-            report(folder, f"cannot look into {folder}: {error.strerror or error}")
-            continue
-        for path in paths:
+        for path in _files(folder, report):
             try:
-                ring = salvage.claim(path, wanted)
+                ring = salvage.claim(path, functools.partial(wanted, path))
                 if ring is None:
                     continue
-                if ring.heads == (0, 0):
-                    ring.close(remove=True)  # it ended before its first step: nothing to tell
+                if ring.heads == (0, 0) and not _leads(ring):
+                    ring.close(remove=True)  # nothing to tell; rank 0's tells how the run ended
                 else:
                     yield path, _channel(ring, sink)
             except RingError as error:
                 report(path, str(error))
+
+
+def _files(folder: Path, report: Callable[[Path, str], None]) -> list[Path]:
+    """The rings in a folder; none where it is not to be trusted, or cannot be read."""
+    problem = rings.intruded(folder)
+    if problem is None:
+        try:
+            salvage.sweep(folder, time.time())
+            return sorted(folder.glob("*.ring"))
+        except OSError as error:
+            problem = f"cannot look into {folder}: {error.strerror or error}"
+    report(folder, problem)
+    return []
 
 
 class Patrol:
@@ -156,7 +170,7 @@ class Patrol:
         if self._current is None and self._clock.monotonic() >= self._look_at:
             self._look_at = self._clock.monotonic() + _LOOK_SECONDS
             self._found = itertools.chain.from_iterable(
-                left_behind(folders, store, sink, lambda *_: None)
+                left_behind(folders, store, sink, _ignore, _ignore)
                 for store, (folders, sink) in self._beats.items()
             )
             self._current = next(self._found, (None, None))[1]
@@ -164,6 +178,10 @@ class Patrol:
             # A store that is down, or a rank without its run: left for the next look.
             self._current.deadline = self._clock.monotonic() + _TRY_SECONDS
         return self._current
+
+
+def _leads(ring: Ring) -> bool:
+    return bool(ring.metadata.get("rank") == 0)
 
 
 def _channel(ring: Ring, sink: Sink) -> Channel:
@@ -182,19 +200,30 @@ def _channel(ring: Ring, sink: Sink) -> Channel:
 
 
 def _place(url: str) -> Any:
-    """What of a URL says which database it is; users and options may differ."""
+    """Which database a URL is of: its file, or server and name as its driver would be told them.
+
+    A parameter of the URL comes before its other parts. Users and options may differ.
+    """
     try:
         parsed = make_url(url)
+        _, told = parsed.get_dialect()().create_connect_args(parsed)
     except (ArgumentError, ValueError):
         return url
-    return parsed.get_backend_name(), parsed.host, parsed.port, parsed.database
+    if parsed.get_backend_name() == "sqlite":
+        return parsed.database
+    host = str(told.get("hostaddr") or told.get("host") or "").lower()
+    ports = {port or "5432" for port in str(told.get("port") or "").split(",")}
+    port = ports.pop() if len(ports) == 1 else told["port"]
+    return host, port, told.get("dbname") or told.get("user")
+
+
+def _ignore(path: Path, why: str) -> None:
+    """Tell nobody."""
 
 
 def _store(path: Path, channel: Channel) -> Recovered:
     """Bring one ring to the store, here and now."""
-    troubles = _Kept()
-    delivery = Delivery(SystemClock(), troubles)
-    delivery.patience = 0.0  # there is one try: why it failed is to be told
+    delivery = Delivery(SystemClock(), _Silent())  # there is one try: why it failed is returned
     run, head = channel.run, channel.ring.heads[0]
     last = channel.ring.read_steps(max(0, head - 1)).records["step"]
     while not channel.closed.is_set() and not channel.store.failures:
@@ -202,7 +231,9 @@ def _store(path: Path, channel: Channel) -> Recovered:
     problem = None
     if not channel.complete:
         channel.ring.close()
-        problem = troubles.last or f"the run that rank {run.rank} belongs to is not in the store"
+        problem = channel.store.problem
+    elif path.exists():
+        problem = f"all of it is stored, but {path} cannot be removed: remove it yourself"
     return Recovered(
         path,
         channel.run.name,
@@ -216,10 +247,8 @@ def _store(path: Path, channel: Channel) -> Recovered:
     )
 
 
-class _Kept(Troubles):
-    """The last trouble, kept for whoever asked instead of being logged."""
+class _Silent(Troubles):
+    """Whoever asked is told by what is returned."""
 
-    last: str | None = None
-
-    def report(self, fault: str, message: str) -> None:  # noqa: ARG002 - as `Troubles`
-        self.last = message
+    def report(self, fault: str, message: str) -> None:
+        """Do nothing."""

@@ -15,21 +15,15 @@ import numpy as np
 
 from gradwatch import identity
 from gradwatch.errors import RingError
-from gradwatch.recorder import (
-    PAGE,
-    Ring,
-    header_problem,
-    held,
-    lock,
-    release,
-    spans,
-)
+from gradwatch.layout import PAGE, header_problem, spans
+from gradwatch.locks import held, lock, release
+from gradwatch.recorder import Ring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-__all__ = ["claim", "sweep"]
+__all__ = ["claim", "lives", "sweep"]
 
 _MAKING_SECONDS = 60.0  # a file that was being made for so long never will be
 
@@ -54,7 +48,7 @@ def claim(path: Path, wanted: Callable[[Mapping[str, Any]], bool] = lambda _: Tr
             return None
         ring = _copy(path, descriptor)
         # A process lets go of its lock by closing any file of its own that is this one.
-        if ring.ending is None and _lives(about):
+        if ring.ending is None and lives(about):
             ring.close()
             return None
     except (OSError, ValueError, KeyError) as error:
@@ -135,7 +129,7 @@ def _copy(path: Path, descriptor: int) -> Ring:
     return Ring(buffer, path, descriptor)
 
 
-def _lives(about: Any) -> bool:
+def lives(about: Any) -> bool:
     """Whether the ring's process is one of this machine's that still runs."""
     return about["host"] == identity.host() and identity.is_alive(
         int(about["pid"]), float(about["started_at"])

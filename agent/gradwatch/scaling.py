@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from gradwatch.norms import Meter, combine, max_abs
-from gradwatch.records import Clamp, Decision, Keep, Measurement, Scale, ScaleEach
+from gradwatch.records import Clamp, Decision, Keep, Measurement, Scale, ScaleEach, Skip
 from gradwatch.shards import full, local
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ class Carrier:
     ) -> tuple[bool, float]:
         """Do what was decided: whether that changed the gradient, and its norm then.
 
-        `fold`: a `Scale` may be left to the optimizer's kernel.
+        `fold`: a `Scale` may be left to the optimizer's kernel. Raises `TypeError` or `ValueError`,
+        with nothing changed, for what is no decision: a policy may be the user's own.
         """
         if isinstance(decision, Scale):
             return self._scale(optimizer, decision.max_norm, measured, fold=fold)
@@ -112,8 +113,11 @@ class Carrier:
             return _clamp(decision.limit, measured)
         if isinstance(decision, ScaleEach):
             return _scale_each(decision.factors, measured)
-        self.skip(measured.params, measured.grads)
-        return False, math.nan
+        if isinstance(decision, Skip):
+            self.skip(measured.params, measured.grads)
+            return False, math.nan
+        msg = f"a policy decides Keep, Scale, ScaleEach, Clamp or Skip, not {decision!r}"  # type: ignore[unreachable]
+        raise TypeError(msg)
 
     def skip(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Hide the gradients, so that this step touches neither parameters nor state.
@@ -125,8 +129,12 @@ class Carrier:
         for param in params:
             param.grad = None
 
-    def restore(self, optimizer: Optimizer) -> None:
-        """After the step: gradients and `grad_scale` as they were before it."""
+    def restore(self, optimizer: Optimizer, *, broken_off: bool = False) -> None:
+        """After the step: gradients and `grad_scale` as they were before it.
+
+        Where an exception has `broken_off` the step, GradScaler does not delete what it set, and
+        multiplies it into its next `grad_scale`: see `abandon`.
+        """
         if self._hidden:
             for param, grad in self._hidden:
                 param.grad = grad
@@ -139,7 +147,7 @@ class Carrier:
                 else:
                     setattr(optimizer, name, value)
             self._before.clear()
-        self._in_force = None
+        self._in_force = optimizer.__dict__.get("grad_scale") if broken_off else None
 
     @property
     def busy(self) -> bool:
@@ -171,6 +179,9 @@ class Carrier:
     def _scale(
         self, optimizer: Optimizer, max_norm: float, measured: Measurement, *, fold: bool
     ) -> tuple[bool, float]:
+        if not max_norm > 0.0:
+            msg = f"Scale({max_norm!r}): a norm is scaled to one above 0"
+            raise ValueError(msg)
         if self._exact:
             return self._scale_as_torch_does(optimizer, max_norm, measured, fold=fold)
         coefficient = max_norm / (measured.norm + CLIP_EPSILON)
@@ -240,6 +251,9 @@ def _multiply(grads: Sequence[Tensor], factor: float) -> None:
 
 
 def _clamp(limit: float, measured: Measurement) -> tuple[bool, float]:
+    if not limit > 0.0:
+        msg = f"Clamp({limit!r}): elements are clamped to a limit above 0"
+        raise ValueError(msg)
     limit *= measured.scale
     if max_abs(measured.grads) <= limit:
         return False, measured.norm

@@ -17,6 +17,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     PrimaryKeyConstraint,
     String,
@@ -49,12 +50,13 @@ __all__ = [
     "rings",
     "runs",
     "step_records",
+    "step_summaries",
     "steps_view",
     "tables",
     "threshold_changes",
 ]
 
-REVISION = "0002"
+REVISION = "0003"
 VERSION_TABLE = "gradwatch_revision"
 
 # SQLite only counts up by itself on a column declared INTEGER.
@@ -134,6 +136,43 @@ step_records = Table(
     Column("skipped", Boolean, nullable=False),
     sqlite_with_rowid=False,
     postgresql_partition_by="RANGE (time)",
+)
+
+# A row for a block of steps (`step // 1000`) of an attempt, made as its last record is stored; see
+# `summaries.py`. A block without one is as good: readers look at its records.
+step_summaries = Table(
+    "step_summaries",
+    metadata,
+    Column("run_id", Integer, primary_key=True),
+    Column("attempt", Integer, primary_key=True),
+    Column("block", BigInteger, primary_key=True),
+    Column("first_step", BigInteger, nullable=False),
+    Column("last_step", BigInteger, nullable=False),
+    Column("last_time", Double, nullable=False),
+    Column("steps", Integer, nullable=False),
+    Column("finite", Integer, nullable=False),  # pre_norms; zeros among them
+    Column("zeros", Integer, nullable=False),
+    Column("clipped", Integer, nullable=False),
+    Column("nonfinite", Integer, nullable=False),
+    Column("nonfinite_loss", Integer, nullable=False),
+    Column("skipped", Integer, nullable=False),
+    Column("amp_overflows", Integer, nullable=False),
+    Column("pre_norm", Double),  # the last that is finite, as of the next two
+    Column("threshold", Double),
+    Column("loss", Double),
+    Column("pre_norm_min", Double),  # above 0, as the next
+    Column("post_norm_min", Double),
+    Column("pre_norm_max", Double),
+    Column("post_norm_max", Double),
+    Column("threshold_min", Double),
+    Column("threshold_max", Double),
+    Column("loss_min", Double),
+    Column("loss_mean", Double),
+    Column("loss_max", Double),
+    Column("spike", Double),  # the greatest norm in units of the median of the 50 before it
+    Column("burst", Double),  # the greatest log(q98 / median) within 100 steps
+    Column("norms", LargeBinary, nullable=False),  # a histogram
+    sqlite_with_rowid=False,
 )
 
 events = Table(

@@ -9,6 +9,7 @@ import math
 from math import isfinite
 from typing import TYPE_CHECKING, Any, Literal
 
+from gradwatch.afterwards import Afterwards
 from gradwatch.control import replaced
 from gradwatch.errors import NonFiniteGradientError
 from gradwatch.events import encode_event
@@ -73,6 +74,7 @@ class Treatment:
         self._carrier = carrier
         self._only = parts[0] if len(parts) == 1 else None
         self.by_group = parts[0].group is not None
+        self.afterwards = Afterwards()
         self.look_at_policies()
 
     def look_at_policies(self) -> None:
@@ -126,7 +128,9 @@ class Treatment:
             self.note_changes(step, grads)
 
     def note_changes(self, step: OpenStep, grads: Sequence[Tensor]) -> None:
-        """Note gradients that were changed in place after the backward pass."""
+        """Note gradients changed in place: these, since the backward pass; the last, since its step."""
+        if self.afterwards.clipped(grads):
+            step.flags |= FLAGS.CLIPPED_LATE
         try:
             if grads[0]._version > 0 and grads[-1]._version > 0:
                 step.flags |= FLAGS.MODIFIED

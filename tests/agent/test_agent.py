@@ -189,3 +189,6 @@ def test_a_failure_inside_becomes_one_warning_and_training_goes_on_clipped(monke
     warned = [r for r in caplog.records if "could not be recorded" in r.message]
     assert len(warned) == 1
     assert agent._recording.channel.dropped() == {"error": 3}
+    agent.close()
+    told = [e for e in sink.events if e.kind == "records_dropped"]
+    assert sum(e.data["error"] for e in told) == 3

@@ -9,6 +9,7 @@ from loops import mlp, one_parameter, sgd, step_once, watched
 
 import gradwatch
 from gradwatch import Agent, ClipNorm, ClipValue, Settings
+from gradwatch.sinks.register import LIVE_SECONDS
 from gradwatch.testing import MemorySink
 
 
@@ -34,6 +35,9 @@ def test_a_threshold_is_a_finite_number_above_zero(policy, value):
         ({"store": "mysql://root:secret@db/x"}, "SQLite or PostgreSQL"),
         ({"store": 3}, "URL"),
         ({"run": ""}, "run"),
+        ({"run": "x" * 241}, "run.*240 characters"),
+        ({"run": "a\0b"}, "run.*NUL"),
+        ({"run": "a\udc80"}, "run.*unicode"),
         ({"tags": ["a"]}, "dict"),
         ({"settings": {"run": "x"}}, "gradwatch.Settings"),
     ],
@@ -113,3 +117,11 @@ def test_tags_may_hold_what_json_cannot():
     assert tags["grid"] == {"(1, 2)": 3}
     assert tags["lock"].startswith("<unlocked")
     assert tags["5"] == 6
+
+
+def test_a_heartbeat_is_never_rarer_than_a_run_may_be_silent():
+    """Else a live run would be taken for gone, and pruned."""
+    longest = Settings.load(heartbeat_interval=30).heartbeat_interval
+    assert longest <= LIVE_SECONDS / 2
+    with pytest.raises(gradwatch.ConfigurationError, match=r"heartbeat_interval.*30"):
+        Settings.load(heartbeat_interval=30.1)

@@ -11,77 +11,12 @@ import weakref
 
 import pytest
 import torch
-from loops import greatest_difference, mlp, parameters_equal, set_gradients, twins
-from torch.amp import GradScaler
+from devices import OPTIMIZERS, Reads
+from loops import greatest_difference, mlp, parameters_equal, set_gradients, twins, watched
 from torch.nn.utils import clip_grad_norm_
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradwatch
-from gradwatch import ClipNorm, ObserveOnly, TargetRatio, deferred, process
-from gradwatch.testing import MemorySink
-
-OPTIMIZERS = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, fused=True),
-    "adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, fused=True),
-}
-
-
-class Queue:
-    """A device's queue: what was sent arrives when the test says so, or when it is waited for."""
-
-    def __init__(self):
-        self.sent = self.arrived = self.waits = 0
-        self.at_once = True
-
-    def arrival(self, _device):
-        queue = self
-
-        class Arrival:
-            def record(self, _stream):
-                queue.sent += 1
-                self.number = queue.sent
-                if queue.at_once:
-                    queue.arrived = queue.sent
-
-            def query(self):
-                return queue.arrived >= self.number
-
-            def synchronize(self):
-                if not self.query():
-                    queue.waits += 1
-                    queue.arrived = self.number
-
-        return Arrival()
-
-
-@pytest.fixture
-def queue(monkeypatch):
-    """The CPU as a device that steps are deferred to."""
-    queue = Queue()
-    monkeypatch.setattr(deferred, "DEVICES", frozenset({"cpu"}))
-    monkeypatch.setattr(deferred, "arrival", queue.arrival)
-    return queue
-
-
-class Reads(TorchDispatchMode):
-    """Counts the reads of a tensor's value, each of which waits for a CUDA device."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name in {"_local_scalar_dense", "nonzero", "equal", "is_nonzero"}:
-            self.found.append(name)
-        return func(*args, **(kwargs or {}))
-
-
-def watch(optimizer, model=None, **arguments):
-    sink = MemorySink()
-    agent = gradwatch.Agent(optimizer, model=model, store=sink, metrics_port=None, **arguments)
-    return agent, sink
+from gradwatch import ObserveOnly, TargetRatio, process
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -89,7 +24,7 @@ def test_equal_to_torch_and_on_record(queue, name):
     """Norms, clip flags and parameters are those of `clip_grad_norm_` + `step`."""
     ours, theirs = twins()
     wrapped, plain = (OPTIMIZERS[name](m.parameters()) for m in (ours, theirs))
-    agent, sink = watch(wrapped, ours)
+    agent, sink = watched(wrapped, model=ours)
     norms = []
     for step in range(120):
         set_gradients(step, ours, theirs)
@@ -119,7 +54,7 @@ def test_nothing_is_read_from_the_device(queue):
     """No step waits for a value: neither one that is clipped, nor a NaN, nor one with a loss."""
     model = mlp()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    agent, _ = watch(optimizer, model, clip=TargetRatio())
+    agent, _ = watched(optimizer, model=model, clip=TargetRatio())
     for step in range(120):
         set_gradients(step, model)
         if step == 50:
@@ -140,7 +75,7 @@ def test_a_step_with_nan_is_left_out(queue, name, first):
     """Parameters and the optimizer's state are untouched, the parameter is named, later steps go on."""
     ours, theirs = twins()
     wrapped, plain = (OPTIMIZERS[name](m.parameters()) for m in (ours, theirs))
-    agent, sink = watch(wrapped, ours)
+    agent, sink = watched(wrapped, model=ours)
     queue.at_once = False
     for step in range(15):
         set_gradients(step, ours, theirs)
@@ -168,67 +103,11 @@ def test_a_step_with_nan_is_left_out(queue, name, first):
     assert events[1].data["origin"] == "2.weight"
 
 
-@pytest.mark.parametrize("unscale", [False, True], ids=["", "unscale_"])
-@pytest.mark.parametrize("known", [False, True], ids=["", "scaler="])
-def test_under_a_grad_scaler(queue, unscale, known):
-    """As `unscale_` + `clip_grad_norm_` + `scaler.step`; an overflow is no NaN."""
-    ours, theirs = twins()
-    wrapped, plain = (OPTIMIZERS["adamw"](m.parameters()) for m in (ours, theirs))
-    scalers = [GradScaler("cpu", init_scale=2.0**10, growth_interval=5) for _ in range(2)]
-    agent, sink = watch(wrapped, ours, scaler=scalers[0] if known else None)
-    norms, scales = [], []
-    for step in range(20):
-        scales.append(scalers[1].get_scale())
-        for model, optimizer, scaler in ((ours, wrapped, scalers[0]), (theirs, plain, scalers[1])):
-            optimizer.zero_grad()
-            generator = torch.Generator().manual_seed(step)
-            x = torch.randn(16, 8, generator=generator)
-            loss = torch.nn.functional.mse_loss(model(x), 5 * x.sum(1, keepdim=True))
-            scaler.scale(loss * (1e38 if step in {6, 7} else 1.0)).backward()
-            if optimizer is plain or unscale:
-                scaler.unscale_(optimizer)
-            if optimizer is plain:
-                norms.append(float(clip_grad_norm_(theirs.parameters(), 1.0)))
-            scaler.step(optimizer)
-            scaler.update()
-    assert greatest_difference(ours, theirs) < 1e-6
-    assert agent.flush()
-    for record, norm, scale in zip(sink.steps, norms, scales, strict=True):
-        if known or not unscale:
-            assert record.loss_scale == scale
-        if record.step in {6, 7}:
-            assert (record.skipped, record.nonfinite) == (True, False)
-        else:
-            assert record.pre_norm == pytest.approx(norm, rel=1e-5)
-    assert [e.step for e in sink.events if e.kind == "amp_overflow"] == [6, 7]
-    assert not [e for e in sink.events if e.kind == "nonfinite_gradient"]
-    assert not {"grad_scale", "found_inf"} & set(vars(wrapped))
-    assert queue.sent >= 15
-
-
-def test_an_inf_that_only_the_scaler_knows_of(queue):
-    """`found_inf` from elsewhere (another device, another rank) keeps the step from being applied."""
-    ours, before = twins()
-    wrapped = OPTIMIZERS["sgd"](ours.parameters())
-    agent, sink = watch(wrapped, ours)
-    for step in range(2):
-        set_gradients(step, ours)
-        if step == 1:
-            before.load_state_dict(ours.state_dict())
-            wrapped.grad_scale, wrapped.found_inf = torch.tensor(2.0), torch.tensor(1.0)
-        wrapped.step()
-    assert parameters_equal(ours, before)
-    assert (wrapped.grad_scale.item(), wrapped.found_inf.item()) == (2.0, 1.0)
-    assert agent.flush()
-    assert [r.skipped for r in sink.steps] == [False, True]
-    assert sink.steps[1].loss_scale == 2.0
-
-
 def test_two_steps_may_be_on_the_device(queue):
     """A third waits for the first; what is under way is on record after flush, close and exit."""
     model = mlp()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    agent, sink = watch(optimizer, model)
+    agent, sink = watched(optimizer, model=model)
     queue.at_once = False
     recorded = []
     for step in range(8):
@@ -253,7 +132,7 @@ def test_what_is_under_way_is_recorded_when_the_optimizer_goes(queue):
     """Its last steps arrive after it is gone."""
     model = mlp()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    agent, sink = watch(optimizer, model)
+    agent, sink = watched(optimizer, model=model)
     queue.at_once = False
     for step in range(5):
         set_gradients(step, model)
@@ -264,55 +143,11 @@ def test_what_is_under_way_is_recorded_when_the_optimizer_goes(queue):
     assert len(sink.steps) == 5
 
 
-def test_a_policy_learns_in_order_as_the_numbers_come(queue):
-    """Thresholds on record are those of the policy fed with the norms known at that step."""
-    model = mlp()
-    policy = TargetRatio(cap=5.0)
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    agent, sink = watch(optimizer, model, clip=policy)
-    queue.at_once = False
-    for step in range(150):
-        set_gradients(step, model)
-        if step == 60:
-            model[0].weight.grad[0, 0] = math.nan
-        optimizer.step()
-    assert agent.flush()
-    records = sink.steps
-    state = policy.init()
-    for number, record in enumerate(records):
-        known = number - 3  # of step n the first n - 2 are on record; the very first is at once
-        if known > 0:
-            state = policy.update(state, records[known].pre_norm)
-        if number == 1:
-            state = policy.update(state, records[0].pre_norm)
-        assert record.threshold == policy.threshold(state)
-    assert sum(r.clipped for r in records) > 10
-
-
-def test_learning_does_not_depend_on_when_the_numbers_come(queue):
-    """A quick device, a slow one, and a checkpoint in between: the same thresholds."""
-    seen = []
-    for at_once, saves in ((True, False), (False, False), (False, True)):
-        queue.at_once = at_once
-        model = mlp()
-        optimizer = OPTIMIZERS["sgd"](model.parameters())
-        agent, sink = watch(optimizer, model, clip=TargetRatio())
-        for step in range(60):
-            set_gradients(step, model)
-            optimizer.step()
-            if saves and step % 7 == 0:
-                agent.state_dict()
-        assert agent.flush()
-        seen.append([r.threshold for r in sink.steps])
-    assert len(set(seen[0])) > 10
-    assert seen[0] == seen[1] == seen[2]
-
-
 def test_a_group_that_is_added(queue):
     """Its norms are in the samples from then on."""
     model, more = mlp(), mlp(1)
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    agent, sink = watch(optimizer, model)
+    agent, sink = watched(optimizer, model=model)
     for step in range(205):
         if step == 50:
             optimizer.add_param_group({"params": list(more.parameters())})
@@ -330,7 +165,7 @@ def test_a_state_that_was_thrown_away_is_made_before_a_step_is_left_out(queue):
     """Momentum is not begun by a step that the kernel skips."""
     model = mlp()
     optimizer = OPTIMIZERS["sgd"](model.parameters())
-    agent, _ = watch(optimizer, model)
+    agent, _ = watched(optimizer, model=model)
     for step in range(6):
         set_gradients(step, model)
         if step == 4:
@@ -366,7 +201,7 @@ def test_observing_changes_nothing(queue):
     """Parameters are bit-identical to those of an unwatched run, NaNs included."""
     ours, theirs = twins()
     wrapped, plain = (torch.optim.AdamW(m.parameters(), lr=0.01) for m in (ours, theirs))
-    agent, sink = watch(wrapped, ours, clip=ObserveOnly())
+    agent, sink = watched(wrapped, model=ours, clip=ObserveOnly())
     for step in range(30):
         set_gradients(step, ours, theirs)
         wrapped.step()
@@ -385,7 +220,7 @@ def test_nan_let_through(queue):
     """`on_nonfinite="ignore"` applies the step unclipped, as without gradwatch."""
     ours, theirs = twins()
     wrapped, plain = (OPTIMIZERS["sgd"](m.parameters()) for m in (ours, theirs))
-    agent, sink = watch(wrapped, ours, on_nonfinite="ignore")
+    agent, sink = watched(wrapped, model=ours, on_nonfinite="ignore")
     for step in range(4):
         set_gradients(step, ours, theirs)
         for model in (ours, theirs):
@@ -406,7 +241,7 @@ def test_huge_finite_gradients_are_clipped(queue):
     """Squares that overflow float32 are not inf; the clipped step equals the reference."""
     ours, theirs = twins()
     wrapped, plain = (OPTIMIZERS["sgd"](m.parameters()) for m in (ours, theirs))
-    agent, sink = watch(wrapped, ours)
+    agent, sink = watched(wrapped, model=ours)
     for step in range(3):
         set_gradients(step, ours, theirs)
         if step == 2:
@@ -426,34 +261,11 @@ def test_huge_finite_gradients_are_clipped(queue):
     assert (sink.steps[2].clipped, sink.steps[2].nonfinite) == (True, False)
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        {"on_nonfinite": "raise"},
-        {"clip": gradwatch.PercentileClip()},
-        {"clip": gradwatch.AdaptiveGradientClip()},
-        {"clip": [ClipNorm(1.0)]},
-    ],
-    ids=["raise", "percentile", "by unit", "by group"],
-)
-def test_what_needs_the_gradient_first_is_not_deferred(queue, arguments):
-    """It is looked at from here, as everywhere else."""
-    model = mlp()
-    optimizer = OPTIMIZERS["adamw"](model.parameters())
-    agent, sink = watch(optimizer, model, **arguments)
-    for step in range(5):
-        set_gradients(step, model)
-        optimizer.step()
-    assert queue.sent == 0
-    assert agent.flush()
-    assert len(sink.steps) == 5
-
-
 def test_gradients_that_come_and_go(queue):
     """Another set of parameters is looked at from here once; records keep their order."""
     ours, theirs = twins()
     wrapped, plain = (OPTIMIZERS["sgd"](m.parameters()) for m in (ours, theirs))
-    agent, sink = watch(wrapped, ours)
+    agent, sink = watched(wrapped, model=ours)
     queue.at_once = False
     for step in range(30):
         set_gradients(step, ours, theirs)
@@ -478,7 +290,7 @@ def test_an_exception_inside_a_step_leaves_nothing_behind(queue):
     ours, theirs = twins()
     wrapped = OPTIMIZERS["sgd"](ours.parameters())
     plain = OPTIMIZERS["sgd"](theirs.parameters())
-    agent, sink = watch(wrapped, ours)
+    agent, sink = watched(wrapped, model=ours)
     for step in range(6):
         set_gradients(step, ours, theirs)
         if step == 3:

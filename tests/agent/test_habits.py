@@ -1,6 +1,7 @@
 """A loop that clips by itself is recognised; loops that do not are left in peace."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -100,3 +101,59 @@ def test_a_tensor_norm_of_many_elements_is_a_wall_too():
     assert agent.flush()
     assert len(sink.findings) == 1
     assert math.isclose(sink.findings[0].data["limit"], 1.0, rel_tol=1e-3)
+
+
+def late(clip, *, to_none=True, fused=True, optimizer_class=torch.optim.AdamW, policy=POLICIES[0]):
+    """A loop that does something to its gradients between `step()` and `zero_grad()`."""
+    model = mlp()
+    optimizer = optimizer_class(model.parameters(), lr=1e-3, fused=fused)
+    agent = gradwatch.Agent(optimizer, clip=policy, store=(sink := MemorySink()), metrics_port=None)
+    for _ in range(60):
+        loss = (model(torch.randn(16, 8)) * 100).square().mean()
+        loss.backward()
+        optimizer.step()
+        clip(model)
+        optimizer.zero_grad(set_to_none=to_none)
+    assert agent.flush()
+    return sink
+
+
+LATE = {
+    "by norm": lambda model: clip_grad_norm_(model.parameters(), 0.1),
+    "by norm, seldom": lambda model: clip_grad_norm_(model.parameters(), 2e4),
+    "by value": lambda model: torch.nn.utils.clip_grad_value_(model.parameters(), 0.01),
+}
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("clip", LATE.values(), ids=LATE)
+def test_a_loop_that_clips_after_the_step_is_recognised(clip, fused, caplog):
+    """Said once, with what to do; its steps are those that were clipped in vain."""
+    (finding,) = late(clip, fused=fused).findings
+    assert finding.finding == "clip_after_step"
+    assert 0 <= finding.first_step < finding.last_step < 20
+    assert sum("clips after step()" in r.message for r in caplog.records) == 1
+
+
+def test_a_gradient_that_other_losses_add_to_is_not_clipped():
+    """A generator's loss goes through the discriminator, after the discriminator's step."""
+
+    def through(model):
+        model(torch.randn(16, 8)).square().mean().backward()
+
+    assert not late(through).findings
+    assert not late(lambda model: None).findings
+    assert not late(lambda model: None, to_none=False).findings
+    assert not late(LATE["by norm"], to_none=False).findings  # cannot be told: nothing is said
+
+
+def test_gradients_are_not_held_on_to_where_they_are_large():
+    """One small gradient is what outlives its step."""
+    model = torch.nn.Linear(300, 300, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    gradwatch.wrap(optimizer, store=MemorySink(), metrics_port=None)
+    model(torch.randn(8, 300)).square().mean().backward()
+    optimizer.step()
+    gone = weakref.ref(model.weight.grad)
+    optimizer.zero_grad()
+    assert gone() is None

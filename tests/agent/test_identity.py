@@ -5,6 +5,8 @@ import sqlite3
 import subprocess
 import sys
 
+from gradwatch import identity
+
 
 def test_two_scripts_of_one_allocation_are_two_runs(tmp_path):
     """Both alive under one Slurm job id: neither hides the other's steps."""
@@ -54,3 +56,9 @@ def test_a_script_whose_name_is_no_text(tmp_path):
         assert connection.execute("SELECT name, status FROM runs").fetchall() == [
             ("tr?n", "finished")
         ]
+
+
+def test_names_fit_the_stores_columns():
+    """A script's and a launcher's may be of any length; PostgreSQL takes 255 characters."""
+    assert identity.default_name(["x" * 250 + ".py"]) == "x" * 240
+    assert len(identity.launcher({"TORCHELASTIC_RUN_ID": "x" * 300}).id) == 240

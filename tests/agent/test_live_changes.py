@@ -11,7 +11,7 @@ from loops import mlp, parameters_equal, set_gradients, twins
 import gradwatch
 from gradwatch import ClipNorm, TargetRatio, control
 from gradwatch.control import FollowingControl, LeadingControl
-from gradwatch.errors import ConfigurationError
+from gradwatch.errors import ConfigurationError, NotControllableError
 from gradwatch.part import Part
 from gradwatch.records import ThresholdChange
 from gradwatch.testing import MemorySink
@@ -146,7 +146,7 @@ def test_nobody_can_change_a_job_that_does_not_allow_it():
     """Neither through `apply`, nor by writing the table."""
     agent, model = watched(remote_control=None)
     begin(agent, model)
-    with Store() as store, pytest.raises(ConfigurationError, match="GRADWATCH_REMOTE_CONTROL=1"):
+    with Store() as store, pytest.raises(NotControllableError, match="GRADWATCH_REMOTE_CONTROL=1"):
         store.apply(1, 5.0, by="mallory")
     with sqlite3.connect("gradwatch.db") as connection:
         connection.execute(
@@ -176,7 +176,7 @@ def test_a_run_that_has_ended_takes_nothing():
     agent, model = watched()
     begin(agent, model)
     agent.close()
-    with Store() as store, pytest.raises(ConfigurationError, match="finished"):
+    with Store() as store, pytest.raises(NotControllableError, match="finished"):
         store.apply(1, 5.0, by="ada")
 
 

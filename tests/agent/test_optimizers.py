@@ -24,7 +24,7 @@ def test_an_interrupted_step_leaves_nothing_on_the_optimizer(how, monkeypatch):
         patch.setattr(sys.modules["torch.optim.sgd"], "sgd", interrupted)
         with pytest.raises(KeyboardInterrupt):
             optimizer.step()
-    assert optimizer.grad_scale is not None
+    assert getattr(optimizer, "grad_scale", None) is None
     if how == "close":
         agent.close()
     elif how == "replace":

@@ -1,5 +1,6 @@
 """Policies, by numbers worked out by hand."""
 
+import dataclasses
 import inspect
 import json
 import math
@@ -7,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from loops import mlp, set_gradients
+from loops import greatest_difference, mlp, set_gradients, twins, watched
 
 import gradwatch
 from gradwatch.policies import ClipNorm, ClipValue, ObserveOnly, Policy, TargetRatio, build
@@ -217,6 +218,67 @@ def test_policies_by_tensor_unit_and_skipping_fit_the_border(fused):
     assert agent.flush()
     assert [(r.skipped, r.nonfinite) for r in sink.steps] == [(bool(s % 2), False)
                                                               for s in range(4)]  # fmt: skip
+
+
+def _half(measurement, state):
+    return Scale(measurement.norm / 2)
+
+
+@pytest.mark.parametrize(
+    "builtin",
+    [
+        ClipNorm(1.0),
+        ClipValue(0.1),
+        ObserveOnly(),
+        TargetRatio(),
+        gradwatch.AdaptiveGradientClip(),
+        gradwatch.ClipLayerNorm(1.0),
+        gradwatch.PercentileClip(),
+        gradwatch.SkipSpikes(ClipNorm(1.0)),
+        gradwatch.ZClip(),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_class_with_a_decide_of_its_own_is_asked(builtin, fused):
+    """Whatever it inherits from: each step is scaled to half its norm, as SGD shows."""
+    kind = type(builtin)
+    heir = type("Heir", (kind,), {"decide": lambda _, *both: _half(*both)})
+    policy = heir(**{f.name: getattr(builtin, f.name) for f in dataclasses.fields(builtin)})
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0, fused=fused)
+    agent, sink = watched(optimizer, clip=policy)
+    for step in range(3):
+        set_gradients(step, model)
+        expected = [p.detach() - p.grad / 2 for p in model.parameters()]
+        optimizer.step()
+        found = [p.detach() for p in model.parameters()]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert agent.flush()
+    assert all(r.post_norm == pytest.approx(r.pre_norm / 2, rel=1e-3) for r in sink.steps)
+
+
+@pytest.mark.parametrize(
+    "decision",
+    [None, 1.0, Scale(math.nan), Scale(-1.0), Scale(0.0), Clamp(math.nan), Clamp(-1.0)],
+    ids=repr,
+)
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_is_no_decision_is_not_carried_out(decision, fused, caplog):
+    """It is said once, and the step is clipped as torch does it at the policy's threshold."""
+    ours, theirs = twins()
+    heir = type("Heir", (ClipNorm,), {"decide": lambda *_: decision})
+    wrapped = torch.optim.SGD(ours.parameters(), lr=0.1, fused=fused)
+    plain = torch.optim.SGD(theirs.parameters(), lr=0.1)
+    watched(wrapped, clip=heir(1.0))
+    for step in range(3):
+        set_gradients(step, ours, theirs)
+        wrapped.step()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        plain.step()
+    assert greatest_difference(ours, theirs) < 1e-6
+    assert len(caplog.records) == 1
+    assert "a step could not be recorded" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -150,11 +150,25 @@ def test_a_run_that_ended_is_still_scraped_for_a_while():
     agent, *_ = start(4)
     url = agent.metrics_url
     other, *_ = start(1, run="other")
+    assert value(scrape(url), "gradwatch_run_active") == 1
     agent.close()
     assert value(scrape(url), "gradwatch_steps_total") == 4
+    assert value(scrape(url), "gradwatch_run_active") == 0
+    assert value(scrape(url), "gradwatch_run_active", run="other") == 1
     replaced, *_ = start(2)
     assert value(scrape(url), "gradwatch_steps_total") == 2
+    assert value(scrape(url), "gradwatch_run_active") == 1
     assert other.metrics_url == replaced.metrics_url == url
+
+
+def test_a_run_that_failed_is_neither_active_nor_ended_well():
+    """Should its process die of that, the last that Prometheus saw is a run that went on."""
+    agent, *_ = start(4)
+    with pytest.raises(ZeroDivisionError), agent:
+        1 / 0  # noqa: B018
+    samples = scrape(agent.metrics_url or agent._recording.pipeline._exporter.url)
+    assert value(samples, "gradwatch_steps_total") == 4
+    assert not [key for key in samples if key[0] == "gradwatch_run_active"]
 
 
 def test_a_port_in_use_gives_the_next_free_one(caplog):

@@ -10,7 +10,12 @@ import torch
 from loops import one_parameter, watched
 
 from gradwatch import process
-from gradwatch.testing import MemorySink
+from gradwatch.channel import Channel
+from gradwatch.delivery import Delivery
+from gradwatch.recorder import Ring
+from gradwatch.sinks import NullSink
+from gradwatch.testing import ManualClock, MemorySink, run_info
+from gradwatch.troubles import Troubles
 
 
 def test_the_garbage_collector_may_end_a_run_anywhere(monkeypatch):
@@ -116,3 +121,22 @@ def test_a_sink_that_raises_anything_stops_no_other():
     text = urllib.request.urlopen(agent.metrics_url).read().decode()
     assert 'gradwatch_steps_total{rank="0",run="' in text
     agent.close()
+
+
+def test_a_flight_recorder_file_that_is_deleted_is_said_once(tmp_path, caplog):
+    """Within a minute, though the store takes all: a crash would be the next to show it."""
+    path = tmp_path / "x.ring"
+    ring = Ring.create(path, {}, steps=10, events=64)
+    channel = Channel(run_info(), ring, NullSink(), NullSink(), parameters=list)
+    clock = ManualClock()
+    delivery = Delivery(clock, Troubles())
+    delivery.serve(channel)
+    path.unlink()
+    assert not caplog.messages
+    for _ in range(10):
+        clock.advance(60.0)
+        delivery.serve(channel)
+    (message,) = caplog.messages
+    assert str(path) in message
+    assert "GRADWATCH_RING_DIR" in message
+    ring.close()

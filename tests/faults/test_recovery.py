@@ -1,12 +1,15 @@
 """Killed jobs: what they left is stored exactly once, by whoever comes next, and they are marked."""
 
+import contextlib
+import dataclasses
+import errno
 import json
+import math
 import os
 import random
 import shutil
 import signal
 import sqlite3
-import struct
 import subprocess
 import sys
 import time
@@ -16,21 +19,18 @@ import kills
 import pytest
 import ranks
 import torch
+from kills import PREAMBLE, query
 from typer.testing import CliRunner
 
 import gradwatch
 from gradwatch import Agent
+from gradwatch.config import resolve_store
 from gradwatch.recorder import Ring
-from gradwatch.recovery import recover
-from gradwatch.sinks import NotYetError
+from gradwatch.recovery import left_behind, recover
+from gradwatch.sinks import NotYetError, NullSink
 from gradwatch.sinks.database import DatabaseSink
 from gradwatch.testing import run_info
 from gradwatch_dashboards.cli import app
-
-
-def query(sql, path="gradwatch.db"):
-    with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
-        return connection.execute(sql).fetchall()
 
 
 def rings():
@@ -70,24 +70,6 @@ def test_sigkill_at_a_hundred_moments_loses_and_doubles_nothing(factory):
     assert query(wrong) == [(0,)]
     gaps = "SELECT count(*) FROM (SELECT count(*) n, max(step) m FROM steps GROUP BY run_id) WHERE n != m + 1"
     assert query(gaps) == [(0,)]
-
-
-PREAMBLE = """
-import os, signal, sys, threading, torch, gradwatch
-torch.set_num_threads(1)
-weight = torch.nn.Parameter(torch.ones(10))
-optimizer = torch.optim.SGD([weight], lr=0.0)
-def begin(**arguments):
-    settings = gradwatch.Settings(metrics_port="off", drain_interval=float(os.environ.get("DRAIN", 30)),
-                                  **arguments)
-    return gradwatch.Agent(optimizer, settings=settings, run="job")
-def steps(n):
-    for i in range(n):
-        weight.grad = torch.full((10,), float(i + 1))
-        optimizer.step()
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
 
 
 def killed(script, **environ):
@@ -225,6 +207,109 @@ for number in range(8):
     assert query("SELECT DISTINCT status FROM runs") == [("crashed",)]
 
 
+@pytest.mark.parametrize("wait", ["agent._recording.channel.store.run is None", "False"])
+def test_a_job_killed_in_its_first_step_is_marked(wait):
+    """Where the memory for the optimizer's state runs out; whether or not the store knew the run."""
+    killed(f"""
+agent = begin()
+def hook(*_):
+    while {wait}: pass
+    die()
+optimizer.register_step_pre_hook(hook)
+steps(1)
+""")
+    assert len(rings()) == 1
+    result = CliRunner().invoke(app, ["recover"])
+    assert (result.exit_code, result.output) == (
+        0,
+        "job: crashed before its first step; 0 steps stored that had not been\n",
+    )
+    assert query("SELECT status, ended_at = started_at FROM runs") == [("crashed", 1)]
+    assert rings() == []
+
+
+@pytest.mark.parametrize("steps", [0, 500])
+def test_a_ring_that_cannot_be_removed_ends_nothing(tmp_path, monkeypatch, steps):
+    """What it held is stored, and the next ring is looked at; which one is there still is told."""
+    for name in ("a", "b"):
+        about = {**about_nobody(resolve_store("gradwatch.db")), "ring": name, "uid": name}
+        ring = Ring.create(tmp_path / f"{name}.ring", about, steps=512, events=64)
+        for step in range(steps):
+            ring.append(step, time.time(), *[1.0] * 7, 0)
+        ring.close()
+
+    def refuse(path, **_):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    found = recover(resolve_store("gradwatch.db"), [tmp_path])
+    assert [one.path.name for one in found] == ["a.ring", "b.ring"]
+    assert all("cannot be removed" in one.problem for one in found)
+    assert query("SELECT count(*) FROM steps") == [(2 * steps,)]
+    assert query("SELECT status FROM runs") == [("crashed",)] * 2
+
+
+def left_by(uid, **about):
+    """Leaves the ring of a process that is gone, with 100 steps, beside the store."""
+    Path("gradwatch.db.rings").mkdir(exist_ok=True)
+    about = {**about_nobody(resolve_store("gradwatch.db")), "ring": uid, "uid": uid, **about}
+    path = Path("gradwatch.db.rings") / f"{uid}.ring"
+    ring = Ring.create(path, about, steps=128, events=64)
+    for step in range(100):
+        ring.append(step, math.nan if step == 50 else time.time(), *[1.0] * 7, 0)
+    ring.close()
+    return path
+
+
+def test_a_time_that_is_none_spoils_nothing():
+    """As on PostgreSQL: the step is stored, at 0."""
+    left_by("damaged")
+    (one,) = recover("sqlite:///gradwatch.db")
+    assert (one.steps, one.problem) == (100, None)
+    assert query("SELECT step FROM step_records WHERE time = 0") == [(50,)]
+
+
+def test_what_can_never_be_stored_is_set_aside():
+    """It is told once, where it lies; the next look is for others."""
+    path = left_by("mad", name=None)
+    (one,) = recover("sqlite:///gradwatch.db")
+    assert "NOT NULL constraint failed" in one.problem
+    assert f"set aside as {path.absolute()}.aside" in one.problem
+    assert [left.name for left in path.parent.iterdir()] == ["mad.ring.aside"]
+    assert recover("sqlite:///gradwatch.db") == []
+
+
+def test_a_job_says_its_own_faults_beside_what_can_never_be_stored(caplog):
+    """Each once: that of the ring that it found, and that of its own store."""
+    left_by("mad", name=None)
+    agent, optimizer = watched(10)
+    wait_until(lambda: "set aside" in caplog.text)
+    with contextlib.closing(sqlite3.connect("gradwatch.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        optimizer.step()
+        wait_until(lambda: "database is locked" in caplog.text)
+        other.execute("ROLLBACK")
+    wait_until(lambda: "takes records again" in caplog.text)
+    agent.close()
+    assert caplog.text.count("set aside") == 1
+
+
+def test_a_rank_whose_run_never_comes_is_left_at_once(monkeypatch):
+    """It is asked for once a look, not at every look of the worker."""
+    left_by("rank", rank=1, world_size=2, leader=None)
+    opened = []
+    real = DatabaseSink.open
+    monkeypatch.setattr(
+        DatabaseSink, "open", lambda self, run: opened.append(run.uid) or real(self, run)
+    )
+    agent, _optimizer = watched(10, drain_interval=0.01)
+    wait_until(lambda: "rank" in opened)
+    time.sleep(1.0)  # a hundred looks
+    agent.close()
+    assert opened.count("rank") == 1
+    assert len(rings()) == 1
+
+
 def test_what_was_stored_already_is_not_stored_again():
     """The worker had stored a part when the process was killed."""
     killed("agent = begin(); steps(700); assert agent.flush(); steps(300)", DRAIN="0.05")
@@ -340,118 +425,36 @@ def test_all_ranks_of_a_job_are_recovered_as_one_run(tmp_path):
     assert query("SELECT rank, step FROM events WHERE kind = 'nonfinite_loss'") == [(1, 3)]
 
 
-# -- damage: offsets as the recorder's layout says ---------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def left(tmp_path_factory):
-    """The flight recorder that a job of 500 steps left, and nothing in the store yet."""
-    folder = tmp_path_factory.mktemp("left")
-    subprocess.run(
-        [sys.executable, "-c",
-         f"{PREAMBLE}\nos.mkdir('gradwatch.db'); begin(); steps(500)\ndie()"],
-        cwd=folder, check=False, timeout=60,
-    )  # fmt: skip
-    (folder / "gradwatch.db").rmdir()
-    (path,) = (folder / "gradwatch.db.rings").iterdir()
-    return path
-
-
-@pytest.fixture
-def ring(left):
-    """A copy of it, where it will be found."""
-    Path("gradwatch.db.rings").mkdir()
-    copy = Path("gradwatch.db.rings") / left.name
-    shutil.copy(left, copy)
-    return copy
-
-
-def write_at(path, offset, content):
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(content)
-
-
-def record_at(path, number):
-    """The offset of a step record, counted from 0."""
-    (metadata,) = struct.unpack_from("<Q", path.read_bytes(), 40)
-    return 4096 + -(-metadata // 4096) * 4096 + number * 96
-
-
-def recovered_steps():
-    return [step for (step,) in query("SELECT step FROM steps ORDER BY step")]
-
-
-@pytest.mark.parametrize("head", [0, 499, 2**60, 2**64 - 1])
-def test_a_head_that_is_wrong_costs_nothing(ring, head):
-    """Also a record that is whole though the head had not moved past it is stored."""
-    write_at(ring, 64, struct.pack("<Q", head))
-    (one,) = recover("sqlite:///gradwatch.db")
-    assert (one.steps, one.lost, one.problem) == (500, 0, None)
-    assert recovered_steps() == list(range(500))
-
-
-@pytest.mark.parametrize("kind", ["first bytes", "last bytes", "foreign", "zeros"])
-def test_a_record_that_does_not_prove_itself_is_skipped_and_counted(ring, kind):
-    """Torn at either end, another's in its place, never written: that one is gone, no other."""
-    at = record_at(ring, 123)
-    content = ring.read_bytes()
-    write_at(ring, *{
-        "first bytes": (at, struct.pack("<Q", 0)),
-        "last bytes": (at + 88, struct.pack("<Q", 7)),
-        "foreign": (at, content[record_at(ring, 77) :][:96]),
-        "zeros": (at, bytes(96)),
-    }[kind])  # fmt: skip
-    (one,) = recover("sqlite:///gradwatch.db")
-    assert (one.steps, one.lost) == (499, 1)
-    assert recovered_steps() == [step for step in range(500) if step != 123]
-    ((data,),) = query("SELECT data FROM events WHERE kind = 'records_dropped'")
-    assert json.loads(data) == {"torn": 1}
-
-
-def test_a_file_that_is_cut_short_gives_what_it_has(ring):
-    """300 whole records and a half one: those are stored, the others are counted."""
-    os.truncate(ring, record_at(ring, 300) + 48)
-    (one,) = recover("sqlite:///gradwatch.db")
-    assert (one.steps, one.lost, one.problem) == (300, 200, None)
-    assert recovered_steps() == list(range(300))
+SERVER = "postgresql+psycopg://me@h:5432/gw"
 
 
 @pytest.mark.parametrize(
-    ("offset", "content", "words"),
+    ("url", "same"),
     [
-        (0, b"SOMEBODY", "is not a flight-recorder file"),
-        (8, struct.pack("<I", 2), "format version 2; this gradwatch reads version 1"),
-        (16, struct.pack("<Q", 2**50), "has a header that was written over"),
-        (40, struct.pack("<Q", 2**40), "has a header that was written over"),
-        (4096, b"no JSON", "cannot be read"),
-        (4096, b"{}       ", "cannot be read"),
+        ("postgresql+psycopg://other:secret@H/gw", True),
+        ("postgresql://me@h/gw?sslmode=require", True),
+        ("postgresql+psycopg://me@/gw?host=h", True),
+        ("postgresql+psycopg://me@/gw?host=h&port=5432", True),
+        ("postgresql+psycopg://me@elsewhere:1/x?host=h&port=5432&dbname=gw", True),
+        ("postgresql+psycopg://me@h:5432/gw?host=other", False),
+        ("postgresql+psycopg://me@h:5432/gw?hostaddr=10.0.0.1", False),
+        ("postgresql+psycopg://me@h:5432/gw?port=5433", False),
+        ("postgresql+psycopg://me@h:5432/gw?dbname=other", False),
+        ("postgresql+psycopg://me@h:5433/gw", False),
+        ("postgresql+psycopg://me@/gw", False),
+        ("sqlite:////gw", False),
     ],
-)  # fmt: skip
-def test_a_file_that_cannot_be_trusted_stays_and_is_told(ring, offset, content, words):
-    """Nothing of it is stored, nothing is deleted, the exit status is 1."""
-    write_at(ring, offset, content)
-    result = CliRunner().invoke(app, ["recover"])
-    assert result.exit_code == 1
-    assert words in result.output
-    assert ring.exists()
-    assert not Path("gradwatch.db").exists()
+)
+def test_a_ring_goes_to_the_very_database_it_was_recorded_for(tmp_path, url, same):
+    """By host, port and name as the driver is told them; user, driver and options may differ."""
+    ring = Ring.create(tmp_path / "a.ring", about_nobody(SERVER), steps=64, events=64)
+    ring.append(0, time.time(), *[1.0] * 7, 0)
+    ring.close()
+    left = left_behind([tmp_path], url, NullSink(), lambda *_: None, lambda *_: None)
+    assert len(list(left)) == same
 
 
-def test_files_in_the_making_are_swept(ring):
-    """What a process that died while it made its ring has left: gone after a while, not before."""
-    for name, age in (("old", 100), ("young", 1)):
-        path = ring.parent / f"{name}.ring.new"
-        path.write_bytes(b"")
-        os.utime(path, (time.time() - age, time.time() - age))
-    recover("sqlite:///gradwatch.db")
-    assert [path.name for path in ring.parent.iterdir()] == ["young.ring.new"]
-
-
-def test_rings_of_another_store_are_not_taken(ring):
-    """In a folder that stores share, each takes its own."""
-    shared = Path("shared").absolute()
-    ring.parent.rename(shared)
-    assert recover("sqlite:///other.db", [shared]) == []
-    (one,) = recover(Ring.open(next(shared.iterdir())).metadata["store"], [shared])
-    assert one.steps == 500
+def about_nobody(store):
+    """What the ring of a process that is gone says of itself."""
+    run = run_info(pid=2**22 + 1)  # above the highest that Linux gives
+    return {**dataclasses.asdict(run), "store": store, "parameters": []}

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 from jobs import check_stored, query, stored, wait_until
 
+from gradwatch.sinks.database import DatabaseSink
+from gradwatch.testing import run_info
+from gradwatch_dashboards import doctor
+
 NOBODY = 65534
 AGAIN = "gradwatch: the store takes records again"
 
@@ -100,6 +104,25 @@ def test_a_disk_that_fills_up(factory, small_disk, tmp_path):
     (fault,) = goes_on_and_recovers(job, store, filler.unlink)
     assert "database or disk is full (free some space on its disk)" in fault
     assert ".ring" in fault
+
+
+def test_doctor_sees_a_full_disk(small_disk, monkeypatch, tmp_path):
+    """The store's and the flight recorder's, each on its own; neither once there is room."""
+    monkeypatch.setenv("GRADWATCH_RING_DIR", str(tmp_path))
+    monkeypatch.setenv("GRADWATCH_STORE", store := f"sqlite:///{small_disk}/runs.db")
+    DatabaseSink(store).open(run_info())
+
+    def full():
+        told = doctor.examine(store, {})
+        return [c.subject for c in told if c.status == "problem" and "is full" in c.detail]
+
+    assert full() == []
+    filler = fill(small_disk)
+    assert full() == ["store"]
+    monkeypatch.setenv("GRADWATCH_RING_DIR", str(small_disk / "rings"))
+    assert full() == ["store", "flight recorder"]
+    filler.unlink()
+    assert full() == []
 
 
 # -- the folder, and who may use it ----------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What holds for every stream of norms."""
 
+import json
 import math
 
 import numpy as np
@@ -19,6 +20,8 @@ from gradwatch.policies import (
     SkipSpikes,
     TargetRatio,
     ZClip,
+    build,
+    parse,
 )
 from gradwatch.records import Measurement, Scale
 from gradwatch.scaling import Carrier
@@ -42,6 +45,14 @@ plain = st.one_of(
 policies = plain | st.builds(SkipSpikes, plain, st.integers(4, 30), positives)
 extreme = st.floats(min_value=5e-324, allow_infinity=False)
 losses = st.none() | st.floats()
+
+
+@given(policies | st.builds(ClipNorm, positives, st.just(math.inf) | positives))
+def test_a_policy_is_what_it_is_written_and_described_as(policy):
+    """As `str` writes it, with the module's name before it or not, and as JSON."""
+    assert parse(str(policy)) == policy
+    assert parse(f"clip=gradwatch.{policy}") == policy
+    assert build(json.loads(json.dumps(policy.describe()))) == policy
 
 
 @given(policies, st.lists(st.tuples(finite | poison, losses), max_size=120))

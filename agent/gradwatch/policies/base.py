@@ -26,6 +26,10 @@ class Policy(ABC, Generic[S]):
 
     The agent calls `decide` before a step whose gradient is finite, and `update` after it. What is
     not finite never reaches a state; nor does a norm of 0, which says nothing of the others' size.
+
+    On CUDA a step waits for the gradient's norm, which `decide` is to see, unless the policy says
+    that it decides `ahead`. A class of your own that overrides `decide` or `threshold` has to say
+    so itself: what the class above said does not hold for it.
     """
 
     norm_type: float = 2.0
@@ -33,6 +37,13 @@ class Policy(ABC, Generic[S]):
     takes_sparse: ClassVar[bool] = True  # one factor for all works on any layout
     ahead: ClassVar[bool] = False  # whether `decide` is `Scale(threshold)` whatever the gradient
     wants_loss: ClassVar[bool] = False  # whether `Measurement.loss` is to be filled in
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """What a class says of `ahead` holds for its own `decide` and `threshold`, not an heir's."""
+        super().__init_subclass__(**kwargs)
+        first = next(c for c in cls.__mro__ if vars(c).keys() & {"ahead", "decide", "threshold"})
+        if "ahead" not in vars(first):
+            cls.ahead = False
 
     @property
     def learns(self) -> bool:

@@ -12,6 +12,7 @@ __all__ = [
     "CursorMovedError",
     "NotYetError",
     "NullSink",
+    "RefusedError",
     "RunForgottenError",
     "Sink",
     "SinkError",
@@ -28,6 +29,10 @@ class NotYetError(SinkError):
 
 class BusyError(SinkError):
     """Another writer has the store: no trouble unless it lasts."""
+
+
+class RefusedError(SinkError):
+    """It is the records' fault, not the sink's: they would be refused again."""
 
 
 class RunForgottenError(SinkError):

@@ -23,14 +23,16 @@ from gradwatch.secrets import scrub
 from gradwatch.sinks import (
     BusyError,
     CursorMovedError,
+    RefusedError,
     RunForgottenError,
     SinkError,
+    blocks,
     postgres,
     rows,
     sqlite,
 )
 from gradwatch.sinks.register import bury, register
-from gradwatch.sinks.remedies import is_busy, remedy
+from gradwatch.sinks.remedies import is_busy, is_refused, remedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -81,17 +83,17 @@ class DatabaseSink:
         self._checkpoint()
 
     def _write(self, run: RunInfo, batch: Batch) -> None:
-        stored = self._stored[run.ring]
+        stored, complete = self._stored[run.ring], blocks.completed_by(run, batch)
         if self._path is None:
             self._make_days(batch)
-            if postgres.is_small(run, batch) and self._write_small(run, batch):
+            small = not complete and postgres.is_small(run, batch)
+            if small and self._write_small(run, batch):
                 return
         with self._transaction() as connection:
             self._move_cursor(connection, run.ring, batch)
-            if self._path is None:
-                postgres.copy_steps(connection, stored, batch.steps)
-            else:
-                rows.insert_steps(connection, stored, batch.steps)
+            insert = postgres.copy_steps if self._path is None else rows.insert_steps
+            all_new = insert(connection, stored, batch.steps) == len(batch.steps)
+            blocks.store(connection, stored, complete, batch.steps if all_new else None)
             rows.insert_events(connection, stored, batch.events)
             rows.insert_layers(connection, stored, batch.layers)
             for finding in batch.findings:
@@ -253,7 +255,7 @@ class DatabaseSink:
             told = scrub(reason[0], self.url)
             advice = remedy(cause)
             msg = f"cannot write the store {redact(self.url)}: {told}"
-            kind = BusyError if is_busy(cause) else SinkError
+            kind = BusyError if is_busy(cause) else RefusedError if is_refused(cause) else SinkError
             raise kind(f"{msg} ({advice})" if advice else msg) from error
 
     def _current_engine(self) -> sa.Engine:

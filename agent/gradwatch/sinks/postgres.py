@@ -194,10 +194,10 @@ def store_small(engine: sa.Engine, ring: str, stored: Stored, batch: Batch, now:
                 driver.autocommit = False
 
 
-def copy_steps(connection: sa.Connection, stored: Stored, steps: Records) -> None:
-    """Store any number of records."""
+def copy_steps(connection: sa.Connection, stored: Stored, steps: Records) -> int:
+    """Store any number of records; how many of them were not there."""
     if not len(steps) or stored.rank != 0:
-        return
+        return 0
     connection.exec_driver_sql(_STAGE)
     steps = _plain(steps)
     packed = np.empty(len(steps), _COPY_ROW)
@@ -212,7 +212,7 @@ def copy_steps(connection: sa.Connection, stored: Stored, steps: Records) -> Non
         cursor.copy(_COPY) as copy,
     ):
         copy.write(_COPY_HEADER + packed.tobytes() + _COPY_END)
-    connection.exec_driver_sql(_UNSTAGE, (stored.run_id, stored.attempt))
+    return connection.exec_driver_sql(_UNSTAGE, (stored.run_id, stored.attempt)).rowcount
 
 
 @contextlib.contextmanager

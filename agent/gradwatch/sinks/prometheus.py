@@ -80,13 +80,14 @@ class _Series:
         self.run = run
         self.vitals: Vitals | None = None
         self.ended_at: float | None = None
+        self.failed = False
         self.counters = dict.fromkeys(("gradwatch_steps_total", *_FLAG_COUNTERS), 0)
         self.gauges: dict[str, float] = {}
         self.buckets = {name: np.zeros(len(_BOUNDS) + 1, dtype=np.int64) for name in _HISTOGRAMS}
         self.sums = dict.fromkeys(_HISTOGRAMS, 0.0)
 
     def go_on(self, run: RunInfo, vitals: Vitals | None) -> None:
-        self.run, self.vitals, self.ended_at = run, vitals, None
+        self.run, self.vitals, self.ended_at, self.failed = run, vitals, None, False
 
     def add(self, batch: Batch) -> None:
         steps = batch.steps
@@ -144,10 +145,11 @@ class PrometheusSink:
     def heartbeat(self, run: RunInfo) -> None:
         """Nothing to do: the exporter being there is the heartbeat."""
 
-    def close(self, run: RunInfo, status: RunStatus | None) -> None:  # noqa: ARG002
+    def close(self, run: RunInfo, status: RunStatus | None) -> None:
         """The run's last values stay for a while, so that a scrape still finds them."""
         with self._lock:
-            self._series[run.name].ended_at = self._clock()
+            series = self._series[run.name]
+            series.ended_at, series.failed = self._clock(), status == "failed"
 
     def families(self) -> list[Family]:
         """All metric families with their samples, as of now."""
@@ -188,6 +190,9 @@ def _add_counter(family: Any, name: str, labels: list[str], series: _Series) -> 
 def _add_gauge(family: Any, name: str, labels: list[str], series: _Series) -> None:
     if name == "gradwatch_recorder_backlog_records":
         family.add_metric(labels, series.vitals.backlog() if series.vitals else 0)
+    elif name == "gradwatch_run_active":
+        if not series.failed:  # the last that Prometheus knows is that it went on
+            family.add_metric(labels, series.ended_at is None)
     elif name in series.gauges:
         family.add_metric(labels, series.gauges[name])
 

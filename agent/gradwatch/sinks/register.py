@@ -18,7 +18,7 @@ from gradwatch.sinks.rows import Stored
 if TYPE_CHECKING:
     from gradwatch.records import RunInfo, RunStatus
 
-__all__ = ["LIVE_SECONDS", "Registration", "bury", "register"]
+__all__ = ["LIVE_SECONDS", "Registration", "bury", "followers", "register"]
 
 LIVE_SECONDS = 60.0  # a running run whose heartbeat is older is taken for gone
 
@@ -136,16 +136,7 @@ def _go_on(connection: sa.Connection, run: RunInfo, run_id: int, now: float) -> 
 
 def bury(connection: sa.Connection, run: RunInfo, stored: Stored, status: RunStatus | None) -> None:
     """Note how a recovered run ended and when: at its last step; not where it has gone on since."""
-    mine = attempts.alias()
-    later = (
-        sa.select(attempts.c.attempt)
-        .join(mine, mine.c.run_id == attempts.c.run_id)
-        .where(
-            mine.c.run_id == stored.run_id,
-            mine.c.attempt == stored.attempt,
-            attempts.c.position > mine.c.position,
-        )
-    )
+    later = followers(stored.run_id, stored.attempt)
     if run.rank != 0 or status is None or connection.execute(later.limit(1)).one_or_none():
         return
     last = (
@@ -159,6 +150,21 @@ def bury(connection: sa.Connection, run: RunInfo, stored: Stored, status: RunSta
         .where(runs.c.id == stored.run_id, runs.c.status == "running")
         .values(status=status, ended_at=connection.execute(last).scalar() or run.started_at)
     )
+
+
+def followers(run_id: Any, attempt: Any, step: Any = None) -> sa.Select[tuple[int]]:
+    """The attempts of a run that come after this one; with `step`, those that hide it there."""
+    own, later = attempts.alias(), attempts.alias()
+    found = (
+        sa.select(later.c.attempt)
+        .join(own, own.c.run_id == later.c.run_id)
+        .where(
+            own.c.run_id == run_id,
+            own.c.attempt == attempt,
+            later.c.position > own.c.position,
+        )
+    )
+    return found if step is None else found.where(later.c.start_step <= step)
 
 
 def _position(connection: sa.Connection, run: RunInfo, stored: Stored) -> float:

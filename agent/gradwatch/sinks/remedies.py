@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sqlite3
 
-__all__ = ["is_busy", "remedy"]
+__all__ = ["is_busy", "is_refused", "remedy"]
 
 _SPACE = "free some space on its disk"
 _ACCESS = "this user has to be able to write the file and its folder"
@@ -14,6 +14,12 @@ _REPLACE = (
 )
 _SERVER = "is the server up, and the URL right?"
 _SERVER_STATES = ("08", "28", "3D", "57P")  # connection, login, database name, shutdown
+_NOT_NULL = "23502"
+_SQLITE_REFUSES = {
+    sqlite3.SQLITE_CONSTRAINT_NOTNULL,
+    sqlite3.SQLITE_TOOBIG,
+    sqlite3.SQLITE_MISMATCH,
+}
 _SQLITE = {
     sqlite3.SQLITE_BUSY: "another program is writing to it, and has to let go",
     sqlite3.SQLITE_FULL: _SPACE,
@@ -49,6 +55,15 @@ def remedy(error: BaseException) -> str | None:
 def is_busy(error: BaseException) -> bool:
     """Whether all that is wrong is another connection that writes just now."""
     return _primary_code(error) == sqlite3.SQLITE_BUSY
+
+
+def is_refused(error: BaseException) -> bool:
+    """Whether it is what was to be stored that is wrong, however well the database is."""
+    return (
+        any(kind.__name__ == "DataError" for kind in type(error).__mro__)
+        or getattr(error, "sqlstate", None) == _NOT_NULL
+        or getattr(error, "sqlite_errorcode", None) in _SQLITE_REFUSES
+    )
 
 
 def _primary_code(error: BaseException) -> int:

@@ -43,12 +43,12 @@ class Stored(NamedTuple):
 
 def insert_steps(
     connection: sa.Connection, stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]
-) -> None:
-    """Store step records."""
+) -> int:
+    """Store step records; how many of them were not there."""
     if not len(steps) or stored.rank != 0:
-        return
+        return 0
     statement = insert_statement(connection, schema.step_records)
-    connection.exec_driver_sql(statement, _step_rows(stored, steps))
+    return connection.exec_driver_sql(statement, _step_rows(stored, steps)).rowcount
 
 
 def insert_events(connection: sa.Connection, stored: Stored, events: Sequence[Event]) -> None:
@@ -147,7 +147,7 @@ def _step_rows(stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]) -> lis
         [stored.run_id] * count,
         [stored.attempt] * count,
         steps["step"].tolist(),
-        steps["time"].tolist(),
+        np.where(np.isfinite(steps["time"]), steps["time"], 0.0).tolist(),  # of a damaged file
     ]
     for name in _NUMBERS:
         values = steps[name]

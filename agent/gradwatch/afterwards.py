@@ -1,0 +1,87 @@
+"""Gradients that change after the step they were for: a loop that clips too late."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+__all__ = ["Afterwards"]
+
+
+class Afterwards:
+    """Sees a loop that clips between `step()` and the next backward pass, where it does nothing.
+
+    The least of a step's gradients is kept until the next step. Whether it was changed in between
+    its version tells, for the price of a comparison; whether by a clipping, or by a further backward
+    pass that added to it (of another model's loss), is looked at with a copy, in 20 steps at most.
+    Gradients that `zero_grad(set_to_none=False)` keeps tell nothing.
+    """
+
+    LOOKS = 20
+    LEAST, LARGEST = 4, 65_536  # elements: fewer are proportional by chance, more take memory
+
+    def __init__(self) -> None:
+        self._which = -1  # the gradient that is kept
+        self._of = 0  # among so many
+        self._grad: Tensor | None = None
+        self._version = 0
+        self._copy: Tensor | None = None
+        self._suspects = False
+        self._looks = 0
+
+    def keep(self, grads: Sequence[Tensor]) -> None:
+        """The step with these gradients is over."""
+        if self._looks >= self.LOOKS:
+            return
+        if len(grads) != self._of:
+            self._choose(grads)
+        if self._which < 0:
+            return
+        grad = grads[self._which]
+        try:
+            self._version = grad._version
+        except RuntimeError:  # made in inference mode: nobody counts
+            return
+        self._grad = grad
+        if self._suspects:
+            self._copy = grad.detach().clone()
+
+    def clipped(self, grads: Sequence[Tensor]) -> bool:
+        """Whether the gradient that was kept has been clipped since; these are the next step's."""
+        old, copy = self._grad, self._copy
+        self._grad = self._copy = None
+        if old is None or old._version == self._version or len(grads) != self._of:
+            return False
+        if grads[self._which].data_ptr() == old.data_ptr():  # the same memory, written anew
+            return False
+        self._suspects = True
+        if copy is None:
+            return False
+        self._looks += 1
+        return _is_clipped(old.detach(), copy)
+
+    def _choose(self, grads: Sequence[Tensor]) -> None:
+        self._of = len(grads)
+        usable = [
+            (grad.numel(), i)
+            for i, grad in enumerate(grads)
+            if grad.layout is torch.strided and self.LEAST <= grad.numel() <= self.LARGEST
+        ]
+        self._which = min(usable)[1] if usable else -1
+
+
+def _is_clipped(now: Tensor, before: Tensor) -> bool:
+    """Whether every element was multiplied by one factor of at most 1, or bounded."""
+    at = before.abs().argmax()
+    was, top = float(before.flatten()[at]), float(now.abs().max())
+    if was == 0.0 or not 0.0 < top <= abs(was) * (1 + 1e-3):
+        return False
+    factor = float(now.flatten()[at]) / was
+    scaled = torch.allclose(now, before * factor, rtol=1e-2, atol=1e-3 * top)
+    return (factor > 0 and scaled) or torch.equal(now, before.clamp(-top, top))

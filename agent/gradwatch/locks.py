@@ -1,0 +1,38 @@
+"""The lock on a ring's file, by which others see that its process lives."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+
+__all__ = ["held", "lock", "release"]
+
+# The rings that this process holds, by device and inode: the lock is the process's, and closing
+# any descriptor of such a file would let go of it.
+held: set[tuple[int, int]] = set()
+
+
+def lock(descriptor: int) -> bool:
+    """Take a ring for this process, until it ends or lets go; False: the file system has no locks.
+
+    Raises `OSError` where another process has it.
+    """
+    locked = True
+    try:
+        # lockf, not flock: a forked child does not hold on to it after we are killed.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in {errno.EACCES, errno.EAGAIN}:
+            raise
+        locked = False
+    found = os.fstat(descriptor)
+    held.add((found.st_dev, found.st_ino))
+    return locked
+
+
+def release(descriptor: int) -> None:
+    """Let go of a ring that `lock` took."""
+    found = os.fstat(descriptor)
+    os.close(descriptor)
+    held.discard((found.st_dev, found.st_ino))

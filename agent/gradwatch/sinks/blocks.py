@@ -1,0 +1,157 @@
+"""Rows of `step_summaries`, made from `step_records` in the transaction that completes a block.
+
+A block is read back from the table, so its row says what is stored, whoever stored it and however
+often: made again, it is the same. Only one that came in whole, with a batch that was new to its
+last record, need not be read.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import sqlalchemy as sa
+
+from gradwatch.recorder import FLAGS
+from gradwatch.schema import step_records, step_summaries
+from gradwatch.sinks.rows import insert_statement
+from gradwatch.summaries import BLOCK, INPUTS, completed, summarise
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from gradwatch.records import Batch, RunInfo
+    from gradwatch.sinks.rows import Stored
+
+__all__ = ["completed_by", "fill", "records_of", "rows_of", "store"]
+
+_TOGETHER = 20  # blocks a query
+_FLAGS = {
+    "clipped": FLAGS.CLIPPED,
+    "nonfinite": FLAGS.NONFINITE,
+    "nonfinite_loss": FLAGS.NONFINITE_LOSS,
+    "skipped": FLAGS.SKIPPED,
+}
+
+
+def completed_by(run: RunInfo, batch: Batch) -> list[int]:
+    """The blocks of the attempt that this batch completes; none of ranks whose steps are not kept."""
+    if run.rank != 0:
+        return []
+    return completed(batch.steps["step"], run.start_step + batch.first[0])
+
+
+def store(
+    connection: sa.Connection,
+    stored: Stored,
+    blocks: Sequence[int],
+    batch: np.ndarray[Any, np.dtype[np.void]] | None = None,
+) -> None:
+    """Make the rows of these blocks, or make them again.
+
+    `batch` are records of which the table has each as it stands there.
+    """
+    own = {"run_id": stored.run_id, "attempt": stored.attempt}
+    at_hand = [*_whole(blocks, batch)] if batch is not None else []
+    others = sorted({*blocks} - {row["block"] for row in at_hand})
+    read_back = (
+        row
+        for start, stop in _in_a_row(others)
+        for row in rows_of(records_of(connection, stored, start * BLOCK, stop * BLOCK))
+    )
+    rows = [
+        tuple({**own, **row}[column.name] for column in step_summaries.columns)
+        for row in itertools.chain(at_hand, read_back)
+    ]
+    if rows:
+        connection.exec_driver_sql(_upsert(connection), rows)
+
+
+def _whole(
+    blocks: Sequence[int], batch: np.ndarray[Any, np.dtype[np.void]]
+) -> Iterator[dict[str, Any]]:
+    """The rows of those blocks that are in the batch from their first step to their last."""
+    for block in blocks:
+        start = int(np.searchsorted(batch["step"], block * BLOCK))
+        records = batch[start : start + BLOCK]
+        if np.array_equal(records["step"], np.arange(block * BLOCK, (block + 1) * BLOCK)):
+            yield {"block": block, **summarise(_as_stored(records))}
+
+
+def _as_stored(records: np.ndarray[Any, np.dtype[np.void]]) -> dict[str, Any]:
+    """Records of the ring as `records_of` reads them back."""
+    columns: dict[str, Any] = {name: (records["flags"] & bit) != 0 for name, bit in _FLAGS.items()}
+    for name in INPUTS:
+        if name not in columns:
+            values = records[name]
+            columns[name] = values if name == "step" else np.where(np.isinf(values), np.nan, values)
+    columns["time"] = np.nan_to_num(columns["time"])
+    return columns
+
+
+def fill(connection: sa.Connection, stored: Stored) -> None:
+    """Make the rows of all complete blocks of an attempt."""
+    step = step_records.c.step
+    mine = sa.select(step).where(
+        step_records.c.run_id == stored.run_id, step_records.c.attempt == stored.attempt
+    )
+    last = connection.execute(mine.order_by(step.desc()).limit(1)).scalar()
+    end = 0 if last is None else (last + 1) // BLOCK
+    block = 0
+    while block < end:
+        following = mine.where(step >= block * BLOCK).order_by(step).limit(1)
+        block = connection.execute(following).scalar_one() // BLOCK
+        store(connection, stored, range(block, min(block + _TOGETHER, end)))
+        block += _TOGETHER
+
+
+def rows_of(records: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row without run and attempt for each block of which there are records, in their order."""
+    blocks = records["step"] // BLOCK
+    if not len(blocks):
+        return []
+    cuts = np.flatnonzero(np.diff(blocks, prepend=-1))
+    ends = [*cuts[1:].tolist(), len(blocks)]
+    return [
+        {
+            "block": int(blocks[start]),
+            **summarise({name: column[start:end] for name, column in records.items()}),
+        }
+        for start, end in zip(cuts.tolist(), ends, strict=True)
+    ]
+
+
+def _in_a_row(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """Blocks as ranges [start, stop) of at most twenty."""
+    ranges: list[tuple[int, int]] = []
+    for block in blocks:
+        start, stop = ranges[-1] if ranges else (block, -1)
+        if stop == block and stop - start < _TOGETHER:
+            ranges[-1] = (start, block + 1)
+        else:
+            ranges.append((block, block + 1))
+    return ranges
+
+
+def records_of(
+    connection: sa.Connection, stored: Stored, start: int, stop: int
+) -> dict[str, np.ndarray[Any, Any]]:
+    """An attempt's records with steps in [start, stop), in their order."""
+    mark = "?" if connection.dialect.paramstyle == "qmark" else "%s"
+    found = connection.exec_driver_sql(
+        f"SELECT {', '.join(INPUTS)} FROM step_records WHERE run_id = {mark} "  # noqa: S608
+        f"AND attempt = {mark} AND step >= {mark} AND step < {mark} ORDER BY step",
+        (stored.run_id, stored.attempt, start, stop),
+    ).fetchall()
+    steps, *others = zip(*found, strict=True) if found else [()] * len(INPUTS)
+    columns = (np.array(column, np.float64) for column in others)
+    return {"step": np.array(steps, np.int64), **dict(zip(INPUTS[1:], columns, strict=True))}
+
+
+def _upsert(connection: sa.Connection) -> str:
+    news = [c.name for c in step_summaries.columns if not c.primary_key]
+    insert = insert_statement(connection, step_summaries).removesuffix("DO NOTHING")
+    return f"{insert}(run_id, attempt, block) DO UPDATE SET " + ", ".join(
+        f"{name} = excluded.{name}" for name in news
+    )
