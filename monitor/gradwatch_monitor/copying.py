@@ -18,7 +18,7 @@ from gradwatch import partitions, schema
 from gradwatch.config import resolve_store
 from gradwatch.errors import ConfigurationError, StoreError
 from gradwatch.sinks import postgres, rows
-from gradwatch_monitor.maintenance import Maintained
+from gradwatch_monitor.maintenance import Maintained, attempts
 from gradwatch_monitor.store import Store
 
 if TYPE_CHECKING:
@@ -69,20 +69,15 @@ def _copy_run(from_: Store, to: Maintained, old: int, copied: Copied) -> None:
         _attempts_and_rings(reading, connection, old, new)
         for table in _ONCE:
             copied.others += _copy_once(reading, connection, table, old, new)
-        attempts = (
-            connection.execute(
-                sa.select(schema.attempts.c.attempt).where(schema.attempts.c.run_id == new)
-            )
-            .scalars()
-            .all()
-        )
-    for attempt in attempts:
+        found = attempts(connection, new)
+    for attempt in found:
         for table in (schema.step_records, schema.layer_norms):
             count = _copy_by_step(from_, to, table, (old, new), attempt)
             if table is schema.step_records:
                 copied.steps += count
             else:
                 copied.layer_norms += count
+        _copy_summaries(from_, to, (old, new), attempt)
 
 
 def _run(reading: sa.Connection, connection: sa.Connection, old: int) -> tuple[int, bool]:
@@ -179,6 +174,25 @@ def _copy_by_step(
         for part in found.partitions():
             count += _store(to, table, [(new, *row[1:]) for row in part])
     return count
+
+
+def _copy_summaries(from_: Store, to: Maintained, ids: tuple[int, int], attempt: int) -> None:
+    """Copy the summaries of an attempt's blocks, but for those whose steps are still to come."""
+    old, new = ids
+    table, records = schema.step_summaries, schema.step_records.c
+    with to.transaction() as connection:
+        last = connection.execute(
+            sa.select(sa.func.max(records.step)).where(
+                records.run_id == new, records.attempt == attempt
+            )
+        ).scalar()
+    query = sa.select(table).where(table.c.run_id == old, table.c.attempt == attempt)
+    if last is not None:  # else all its steps were pruned
+        query = query.where(table.c.last_step <= last)
+    query = query.execution_options(yield_per=_BATCH)
+    with from_._reading() as reading, reading.execute(query) as found:
+        for part in found.partitions():
+            _store(to, table, [(new, *row[1:]) for row in part])
 
 
 def _store(to: Maintained, table: sa.Table, batch: list[tuple[Any, ...]]) -> int:

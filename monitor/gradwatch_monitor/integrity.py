@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from gradwatch import schema
 from gradwatch.config import sqlite_path
 from gradwatch.errors import StoreError, StoreNotFoundError
+from gradwatch.summaries import BLOCK
 from gradwatch_monitor.store import Store
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Problem", "check"]
 
-_STEPS_LOST = ("ring_full", "torn")  # in the data of a `records_dropped` event
+_STEPS_LOST = ("ring_full", "torn", "error")  # in the data of a `records_dropped` event
 
 
 class Problem(NamedTuple):
@@ -67,6 +68,7 @@ def _examine(
         progress(done, len(found))
         where = f"run {name!r} (id {run_id}), attempt {attempt}"
         yield from _gaps(connection, run_id, attempt, start, where)
+        yield from _stale(connection, run_id, attempt, where)
     progress(len(found), len(found))
 
 
@@ -76,7 +78,7 @@ def _orphans(connection: sa.Connection) -> Iterator[Problem]:
     known = {
         tuple(row) for row in connection.execute(sa.select(attempts.c.run_id, attempts.c.attempt))
     }
-    for table in (schema.step_records, schema.layer_norms):
+    for table in (schema.step_records, schema.step_summaries, schema.layer_norms):
         pair = sa.tuple_(table.c.run_id, table.c.attempt)
         at: tuple[int, int] | None = None
         while True:
@@ -127,13 +129,44 @@ def _gaps(
             events.kind == "records_dropped",
             events.rank == 0,
         )
-    ).scalars()
-    lost = sum(int(data.get(reason, 0)) for data in dropped for reason in _STEPS_LOST)
-    end = last + 1 if stored is None else max(last + 1, start + stored)
+    ).all()
+    told = {why: sum(int(data.get(why, 0)) for (data,) in dropped) for why in _STEPS_LOST}
+    lost = sum(told.values())
+    # What could not be recorded never was in a flight recorder, and did not move its cursor.
+    end = last + 1 if stored is None else max(last + 1, start + stored + told["error"])
     missing = end - first - distinct
     if missing > lost:
         yield Problem(
             "missing",
             f"{where}: {missing - lost} of the steps {first} to {end - 1} are not there, though "
             "they were stored",
+        )
+
+
+def _stale(connection: sa.Connection, run_id: int, attempt: int, where: str) -> Iterator[Problem]:
+    """Summaries of fewer steps than there are; of more, where some were pruned."""
+    records, summaries = schema.step_records.c, schema.step_summaries.c
+    block = (records.step - records.step % BLOCK) / BLOCK
+    counted = (
+        sa.select(sa.cast(block, sa.BigInteger).label("block"), sa.func.count().label("steps"))
+        .where(records.run_id == run_id, records.attempt == attempt)
+        .group_by(block)
+        .subquery()
+    )
+    stale = connection.execute(
+        sa.select(summaries.block)
+        .join(counted, counted.c.block == summaries.block)
+        .where(
+            summaries.run_id == run_id,
+            summaries.attempt == attempt,
+            summaries.steps < counted.c.steps,
+        )
+        .order_by(summaries.block)
+    ).scalars()
+    for found in stale:
+        first = found * BLOCK
+        yield Problem(
+            "summary",
+            f"{where}: the summary of the steps {first} to {first + BLOCK - 1} lacks some of them; "
+            "without its row in step_summaries readers look at the steps themselves",
         )

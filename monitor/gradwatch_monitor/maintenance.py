@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sqlite3
 from typing import TYPE_CHECKING, Self
 
 import sqlalchemy as sa
@@ -11,14 +10,13 @@ import sqlalchemy as sa
 from gradwatch import schema
 from gradwatch.config import redact, resolve_store, sqlite_path
 from gradwatch.errors import StoreError, StoreNotFoundError
-from gradwatch.secrets import scrub
 from gradwatch.sinks import postgres, sqlite
-from gradwatch.sinks.remedies import remedy
+from gradwatch_monitor.told import telling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-__all__ = ["Maintained"]
+__all__ = ["Maintained", "attempts"]
 
 
 class Maintained:
@@ -40,7 +38,7 @@ class Maintained:
             else sqlite.writing_engine(self._url, self.path)
         )
         try:
-            with self._told():
+            with telling(self._url, "cannot write the store"):
                 if self.path is not None:
                     sqlite.check(self.path)  # nothing is written into what is no database
             self._begin(create=create)
@@ -51,7 +49,7 @@ class Maintained:
     @contextlib.contextmanager
     def transaction(self) -> Iterator[sa.Connection]:
         """All or nothing."""
-        with self._told(), self._engine.begin() as connection:
+        with telling(self._url, "cannot write the store"), self._engine.begin() as connection:
             if self.path is None:
                 connection.exec_driver_sql("SET LOCAL statement_timeout TO 0")
                 postgres.be_durable(connection)
@@ -61,7 +59,7 @@ class Maintained:
     def statements(self) -> Iterator[sa.Connection]:
         """Statements that are a transaction each, as some of PostgreSQL's have to be."""
         engine = self._engine.execution_options(isolation_level="AUTOCOMMIT")
-        with self._told(), engine.connect() as connection:
+        with telling(self._url, "cannot write the store"), engine.connect() as connection:
             if self.path is None:  # to wait for a reader is no failure
                 connection.exec_driver_sql("SET statement_timeout TO 0")
                 connection.exec_driver_sql("SET lock_timeout TO 0")
@@ -90,20 +88,8 @@ class Maintained:
                 raise StoreError(msg)
             schema.check(found)
 
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        try:
-            yield
-        except (sa.exc.SQLAlchemyError, sqlite3.Error, ImportError, OSError) as error:
-            cause = getattr(error, "orig", None) or error
-            reason = scrub(
-                (str(cause).strip().splitlines() or [type(cause).__name__])[0], self._url
-            )
-            advice = f" ({told})" if (told := remedy(cause)) else ""
-            msg = f"cannot write the store {self.name}: {reason}{advice}"
-            raise StoreError(msg) from error
-        except StoreError as error:
-            if self.name in str(error):
-                raise
-            msg = f"{self.name}: {error}"
-            raise type(error)(msg) from None
+
+def attempts(connection: sa.Connection, run_id: int) -> Sequence[int]:
+    """The numbers of a run's attempts."""
+    found = sa.select(schema.attempts.c.attempt).where(schema.attempts.c.run_id == run_id)
+    return connection.execute(found).scalars().all()

@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from gradwatch import partitions, schema
 from gradwatch.errors import ConfigurationError
 from gradwatch.sinks.register import LIVE_SECONDS
-from gradwatch_monitor.maintenance import Maintained
+from gradwatch_monitor.maintenance import Maintained, attempts
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,14 +134,7 @@ def _delete_layers(store: Maintained, run_id: int) -> int:
     layers, records = schema.layer_norms.c, schema.step_records.c
     total = 0
     with store.transaction() as connection:
-        attempts = (
-            connection.execute(
-                sa.select(schema.attempts.c.attempt).where(schema.attempts.c.run_id == run_id)
-            )
-            .scalars()
-            .all()
-        )
-        for attempt in attempts:
+        for attempt in attempts(connection, run_id):
             oldest = connection.execute(
                 sa.select(sa.func.min(records.step)).where(
                     records.run_id == run_id, records.attempt == attempt

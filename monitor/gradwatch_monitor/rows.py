@@ -70,7 +70,10 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Summary:
-    """Counts over a run's visible timeline, and its last values (None where there is none)."""
+    """Counts over a run's visible timeline, and its last values (None where there is none).
+
+    All but `taken` are about the steps that the store has: a prune removes some.
+    """
 
     steps: int
     clipped: int
@@ -82,6 +85,11 @@ class Summary:
     last_loss: float | None
     last_pre_norm: float | None
     last_threshold: float | None
+
+    @property
+    def taken(self) -> int:
+        """How far the run has come, in steps: the number of the last one, from 0, plus 1."""
+        return 0 if self.last_step is None else self.last_step + 1
 
     @property
     def clip_ratio(self) -> float | None:

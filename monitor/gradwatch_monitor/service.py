@@ -1,8 +1,9 @@
 """The monitor beside the jobs: a loop over one store, and its HTTP face.
 
-Each round stores what killed jobs of this machine left in their flight recorders. Over HTTP,
-`/healthz` tells whether rounds succeed, and `/sd` where Prometheus finds the live runs' exporters
-(the format of its `http_sd_configs`).
+Each round stores what killed jobs of this machine left in their flight recorders, and looks at what
+is wrong with the live runs. Over HTTP, `/healthz` tells whether rounds succeed, `/metrics` what was
+found and is recommended, and `/sd` where Prometheus finds the live runs' exporters (the format of
+its `http_sd_configs`).
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from prometheus_client import CONTENT_TYPE_LATEST
+
 from gradwatch.config import redact, resolve_store
 from gradwatch.errors import ConfigurationError, GradwatchError, StoreNotFoundError
 from gradwatch.recovery import recover
 from gradwatch.troubles import Troubles
 from gradwatch_monitor.store import Store
+from gradwatch_monitor.watching import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,6 +62,7 @@ class Service:
         self.store = resolve_store(store)
         self.interval = interval
         self._report = report
+        self.watch = Watch()
         self._troubles = Troubles()
         self._told: set[tuple[str, str | None]] = set()
         self._stop = threading.Event()
@@ -92,13 +97,13 @@ class Service:
     def round(self) -> None:
         """One look at the store and at what lies beside it."""
         try:
-            for found in recover(self.store):
-                if (found.path.name, found.problem) not in self._told:
-                    self._report(found)
-                if found.problem is not None:  # it stays, and would be told in every round
-                    self._told.add((found.path.name, found.problem))
-            with contextlib.suppress(StoreNotFoundError), Store(self.store):
-                pass
+            for ring in recover(self.store):
+                if (ring.path.name, ring.problem) not in self._told:
+                    self._report(ring)
+                if ring.problem is not None:  # it stays, and would be told in every round
+                    self._told.add((ring.path.name, ring.problem))
+            with contextlib.suppress(StoreNotFoundError), Store(self.store) as store:
+                self.watch.look(store)
         except Exception as error:  # noqa: BLE001 - whatever it is, the next round may succeed
             self._failures += 1
             if self._failures == 1:
@@ -146,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 10.0
     server_version = "gradwatch"
     sys_version = ""
-    pages: ClassVar = ("/healthz", "/sd")
+    pages: ClassVar = ("/healthz", "/metrics", "/sd")
 
     def do_GET(self) -> None:
         """One of the pages; a 404 names them."""
@@ -154,6 +159,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = urllib.parse.urlsplit(self.path).path
         if path == "/healthz":
             self._answer(*service.health())
+        elif path == "/metrics":
+            self._send(HTTPStatus.OK, service.watch.exposition(), CONTENT_TYPE_LATEST)
         elif path == "/sd":
             try:
                 with Store(service.store) as store:
@@ -174,9 +181,11 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing."""
 
     def _answer(self, status: HTTPStatus, value: Any) -> None:
-        body = json.dumps(value).encode()
+        self._send(status, json.dumps(value).encode(), "application/json")
+
+    def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

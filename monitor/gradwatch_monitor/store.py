@@ -1,66 +1,49 @@
-"""The store, read: the only module that knows the database from the reader's side."""
+"""The store, read: the only module that knows its tables from the reader's side."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
-import os
-import sqlite3
 import time
-import urllib.parse
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import sqlalchemy as sa
-from sqlalchemy.exc import SQLAlchemyError
 
 from gradwatch import schema
-from gradwatch.config import DEFAULT_STORE, redact, resolve_store, sqlite_path
-from gradwatch.errors import (
-    ConfigurationError,
-    RunNotFoundError,
-    StoreError,
-    StoreNotFoundError,
-)
+from gradwatch.errors import ConfigurationError, NotControllableError, RunNotFoundError
 from gradwatch.policies import ClipNorm
-from gradwatch.secrets import scrub
-from gradwatch.sinks import postgres, sqlite
-from gradwatch.sinks.remedies import remedy
+from gradwatch.sinks.register import followers
+from gradwatch_monitor import timeline
+from gradwatch_monitor.database import Database
 from gradwatch_monitor.rows import Change, Event, Finding, Run, Summary
+from gradwatch_monitor.timeline import RECENT, STEP_COLUMNS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-    from pathlib import Path
-    from types import TracebackType
+    from collections.abc import Collection, Sequence
 
+    import numpy as np
     import pandas as pd
 
     from gradwatch.policies import Policy
+    from gradwatch_monitor.recommend import Recommendation
+    from gradwatch_monitor.timeline import Blocks
 
-__all__ = ["STEP_COLUMNS", "Change", "Event", "Finding", "Run", "Store", "Summary", "status_of"]
+__all__ = [
+    "STEP_COLUMNS",
+    "Change",
+    "Event",
+    "Finding",
+    "Run",
+    "Store",
+    "Summary",
+    "obstacle",
+    "status_of",
+]
 
-# The record's columns as `steps` returns them: absent values are NaN, flags are booleans.
-STEP_COLUMNS = tuple(
-    c.name for c in schema.step_records.columns if c.name not in {"run_id", "attempt"}
-)
+_SAME_THRESHOLD = 0.1  # share by which a recommended threshold may move unsaid
 _IDS = 2**63  # databases count no further
-_FLAGS = {"clipped", "nonfinite", "nonfinite_loss", "skipped"}
-_steps = sa.table("steps", *(sa.column(c.name, c.type) for c in schema.step_records.columns))
 
 
-def _postgres_reader(url: str) -> sa.Engine:
-    try:
-        return postgres.reading_engine(url)
-    except (ImportError, sa.exc.ArgumentError) as error:
-        msg = (
-            f"{redact(url)}: {scrub(str(error), url)}; pip install 'gradwatch[postgres]' brings the driver of "
-            "postgresql+psycopg:// URLs"
-        )
-        raise StoreError(msg) from None
-
-
-class Store:
+class Store(Database):
     """A store opened to read. Nothing it does can hold up or change a running job.
 
     Args:
@@ -71,26 +54,6 @@ class Store:
         StoreRevisionError: its schema is older or newer than this version's.
         StoreError: it is something else, or cannot be reached.
     """
-
-    def __init__(self, url: str = DEFAULT_STORE) -> None:
-        self._url = resolve_store(url)
-        path = sqlite_path(self._url)
-        if path is None:
-            self._engine = _postgres_reader(self._url)
-        else:
-            if not path.exists():
-                raise StoreNotFoundError(_absent(self.name))
-            self._engine = _sqlite_reader(path)
-        try:
-            self._check(path)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def name(self) -> str:
-        """The URL without its secrets."""
-        return redact(self._url)
 
     def runs(self, *, status: str | None = None, limit: int | None = None) -> list[Run]:
         """All runs, the latest first; only those of a `status`, at most `limit`."""
@@ -138,61 +101,40 @@ class Store:
         stop: int | None = None,
     ) -> dict[str, np.ndarray[Any, Any]]:
         """The same as numpy arrays, only the columns asked for."""
-        query = (
-            sa.select(*(_steps.c[name] for name in names))
-            .where(_steps.c.run_id == run_id)
-            .order_by(_steps.c.step)
-        )
-        if start is not None:
-            query = query.where(_steps.c.step >= start)
-        if stop is not None:
-            query = query.where(_steps.c.step < stop)
         with self._reading() as connection:
-            sql = query.compile(connection, compile_kwargs={"literal_binds": True})
-            rows = connection.exec_driver_sql(str(sql)).fetchall()
-        values = list(zip(*rows, strict=True)) if rows else [()] * len(names)
-        return {
-            name: np.array(column, dtype=_dtype(name))
-            for name, column in zip(names, values, strict=True)
-        }
+            return timeline.columns(connection, run_id, names, start, stop)
+
+    def long(
+        self,
+        run_id: int,
+        names: Sequence[str],
+        recent: int = RECENT,
+        of_blocks: Sequence[str] | None = None,
+    ) -> tuple[Blocks, dict[str, np.ndarray[Any, Any]]]:
+        """The same in a time that hardly grows with the run: all but the last steps as blocks.
+
+        `recent` steps, and up to a block more, come as they are; of a run that is no longer, all.
+        `of_blocks`: those columns of the blocks that are asked for, all by default.
+        """
+        with self._reading() as connection:
+            return timeline.read(connection, run_id, names, recent, of_blocks)
 
     def summary(self, run_id: int) -> Summary:
-        """Counts and last values of a run."""
-        s = _steps.c
-        overflow = sa.and_(s.skipped, sa.not_(s.nonfinite), s.pre_norm.is_(None))
+        """Counts and last values of a run, those of steps that were pruned too."""
         with self._reading() as connection:
-            counts = connection.execute(
-                sa.select(
-                    sa.func.count(),
-                    _count(s.clipped),
-                    _count(s.nonfinite),
-                    _count(s.skipped),
-                    _count(sa.and_(overflow, s.loss_scale.is_not(None))),
-                ).where(s.run_id == run_id)
-            ).one()
-            last = {
-                name: _last(connection, run_id, name)
-                for name in ("step", "time", "loss", "pre_norm", "threshold")
-            }
-        steps, clipped, nonfinite, skipped, overflows = counts
-        return Summary(
-            steps=steps,
-            clipped=clipped,
-            nonfinite=nonfinite,
-            skipped=skipped,
-            amp_overflows=overflows,
-            last_step=last["step"],
-            last_time=last["time"],
-            last_loss=last["loss"],
-            last_pre_norm=last["pre_norm"],
-            last_threshold=last["threshold"],
-        )
+            return timeline.summary(connection, run_id)
 
     def last_step(self, run_id: int) -> int | None:
         """The greatest step of the visible timeline; None before the first."""
         with self._reading() as connection:
-            step = _last(connection, run_id, "step")
-        return None if step is None else int(step)
+            return timeline.last_step(connection, run_id)
+
+    def first_loss(self, run_id: int) -> float | None:
+        """The first loss of the visible timeline, if it is among its first steps."""
+        with self._reading() as connection:
+            first = timeline.first_step(connection, run_id)
+        losses = self.columns(run_id, ("loss",), first, (first or 0) + 10)["loss"]
+        return float(losses[0]) if len(losses) and losses[0] == losses[0] else None
 
     def past(self, run_id: int) -> tuple[int, int]:
         """How many attempts the run has had, and how many records of all but the last are stored.
@@ -220,19 +162,8 @@ class Store:
         self, run_id: int, *, kind: str | None = None, limit: int | None = None
     ) -> list[Event]:
         """Events of the visible timeline, the latest first."""
-        e, a = schema.events.c, schema.attempts
-        own, later = a.alias(), a.alias()
-        hidden = (
-            sa.select(later.c.attempt)
-            .join(own, own.c.run_id == later.c.run_id)
-            .where(
-                own.c.run_id == e.run_id,
-                own.c.attempt == e.attempt,
-                later.c.position > own.c.position,
-                later.c.start_step <= e.step,
-            )
-            .exists()
-        )
+        e = schema.events.c
+        hidden = followers(e.run_id, e.attempt, e.step).exists()
         names = [field.name for field in dataclasses.fields(Event)]
         query = (
             sa.select(*(e[name] for name in names))
@@ -258,6 +189,82 @@ class Store:
         with self._reading() as connection:
             return [Finding(**row._mapping) for row in connection.execute(query)]
 
+    def note_findings(
+        self, run_id: int, found: Sequence[Finding], *, keep: Collection[str]
+    ) -> None:
+        """Keep what was found; what is open and was not found again has ended.
+
+        Those whose names are in `keep` are another's to end.
+        """
+        f = schema.findings.c
+        now = time.time()
+        with self._writing() as connection:
+            stored = {
+                row.finding: row.id
+                for row in connection.execute(
+                    sa.select(f.id, f.finding).where(f.run_id == run_id, f.finding.not_in(keep))
+                )
+            }
+            for finding in found:
+                if finding.finding in keep:
+                    continue
+                values = dataclasses.asdict(finding)
+                if finding.finding in stored:
+                    update = sa.update(schema.findings).where(f.id == stored[finding.finding])
+                    connection.execute(update.values(**values))
+                else:
+                    connection.execute(sa.insert(schema.findings).values(run_id=run_id, **values))
+            gone = set(stored) - {finding.finding for finding in found}
+            ended = sa.update(schema.findings).where(
+                f.id.in_([stored[name] for name in gone]), f.ended_at.is_(None)
+            )
+            connection.execute(ended.values(ended_at=now))
+
+    def note_recommendation(self, run_id: int, last_step: int, made: Recommendation) -> None:
+        """Keep a recommendation that differs from the last on record: verdict, or threshold by a tenth."""
+        r = schema.recommendations.c
+        low, high = made.interval or (None, None)
+        with self._writing() as connection:
+            last = connection.execute(
+                sa.select(r.verdict, r.threshold).where(r.run_id == run_id).order_by(r.id.desc())
+            ).first()
+            if last is not None and last.verdict == made.verdict:
+                before, now = last.threshold or 0.0, made.threshold or 0.0
+                if abs(now - before) <= _SAME_THRESHOLD * before:
+                    return
+            connection.execute(
+                sa.insert(schema.recommendations).values(
+                    run_id=run_id,
+                    made_at=time.time(),
+                    last_step=last_step,
+                    verdict=made.verdict,
+                    threshold=made.threshold,
+                    predicted_clip_ratio=made.predicted_clip_ratio,
+                    interval_low=low,
+                    interval_high=high,
+                    reasons=list(made.reasons),
+                    policy=made.policy.describe() if made.policy is not None else None,
+                )
+            )
+
+    def layers(
+        self, run_id: int, samples: int = 20
+    ) -> list[tuple[int, str, float | None, float | None]]:
+        """The latest samples of the layer norms: step, parameter, gradient and weight norm."""
+        n, a = schema.layer_norms.c, schema.attempts.c
+        latest = sa.select(a.attempt).where(a.run_id == run_id).order_by(a.position.desc()).limit(1)
+        mine = (n.run_id == run_id, n.attempt == latest.scalar_subquery())
+        steps = sa.select(n.step).where(*mine).distinct().order_by(n.step.desc()).limit(samples)
+        query = (
+            sa.select(n.step, n.parameter, n.grad_norm, n.weight_norm)
+            .where(
+                *mine, n.step >= sa.select(sa.func.min(steps.subquery().c.step)).scalar_subquery()
+            )
+            .order_by(n.step)
+        )
+        with self._reading() as connection:
+            return [tuple(row) for row in connection.execute(query)]
+
     # -- thresholds that are applied to a running job ------------------------------------------
 
     def changes(self, run_id: int) -> list[Change]:
@@ -280,10 +287,11 @@ class Store:
     ) -> Change:
         """Ask a running job to clip at `threshold`, or by `policy`, from its next step on.
 
-        The job takes it within about a second, all ranks at one step; `changes` tells. It must
-        have been started with remote control.
+        The job takes it within about a second, all ranks at one step; `changes` tells.
 
-        Raises `ConfigurationError` where that cannot be asked of this run.
+        Raises:
+            ConfigurationError: that is no threshold.
+            NotControllableError: the run has ended, or was started without remote control.
         """
         run = self.run(run_id)
         if (threshold is None) == (policy is None):
@@ -291,158 +299,38 @@ class Store:
             raise ConfigurationError(msg)
         if threshold is not None:
             threshold = ClipNorm(threshold).max_norm  # says what a threshold is
-        if not run.is_live():
-            msg = f"run {run.name!r} is not running: its status is {status_of(run)}"
-            raise ConfigurationError(msg)
-        if not run.settings.get("remote_control"):
-            msg = (
-                f"run {run.name!r} does not allow it: start the job with GRADWATCH_REMOTE_CONTROL=1 "
-                "or wrap(..., remote_control=True)"
-            )
-            raise ConfigurationError(msg)
+        if (reason_not := obstacle(run)) is not None:
+            raise NotControllableError(reason_not)
         values = {
             "run_id": run.id,
             "requested_at": time.time(),
-            "requested_by": by,
+            "requested_by": by[:255],
             "reason": reason,
             "threshold": threshold,
             "policy": None if policy is None else policy.describe(),
         }
+        changes = schema.threshold_changes
         with self._writing() as connection:
-            connection.execute(sa.insert(schema.threshold_changes).values(**values))
-        return self.changes(run.id)[0]
+            made = connection.execute(sa.insert(changes).values(**values).returning(changes.c.id))
+            number = made.scalar_one()
+        return next(change for change in self.changes(run.id) if change.id == number)
 
-    def close(self) -> None:
-        """Let the connections go."""
-        self._engine.dispose()
 
-    def __enter__(self) -> Self:
-        """Use the store as a context."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Close it."""
-        self.close()
-
-    def _check(self, path: Path | None) -> None:
-        with self._reading() as connection:
-            if path is not None:
-                sqlite.check(path)  # its WAL may answer for a file that was written over
-            found = schema.revision(connection)
-            if found is None and not sa.inspect(connection).get_table_names():
-                raise StoreNotFoundError(_absent(self.name))
-            if found is None:
-                msg = f"{self.name} is a database, but not a gradwatch store"
-                raise StoreError(msg)
-            schema.check(found)
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[sa.Connection]:
-        """A transaction of its own; the tables that control a job are all that is written here."""
-        path = sqlite_path(self._url)
-        engine = (
-            postgres.writing_engine(self._url)
-            if path is None
-            else sqlite.writing_engine(self._url, path)
+def obstacle(run: Run) -> str | None:
+    """Why nobody can change how this run clips; None where somebody can."""
+    if not run.is_live():
+        return (
+            f"run {run.name!r} is not running: its status is {status_of(run)}; give the threshold "
+            "to its next start"
         )
-        try:
-            with engine.begin() as connection:
-                yield connection
-        except (SQLAlchemyError, sqlite3.Error) as error:
-            reason = str(getattr(error, "orig", None) or error).strip().splitlines()
-            msg = f"cannot write the store {self.name}: {scrub(reason[0], self._url)}"
-            raise StoreError(msg) from error
-        finally:
-            engine.dispose()
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sa.Connection]:
-        """One consistent view of the database; what goes wrong becomes a `StoreError`."""
-        try:
-            with self._engine.connect() as connection:
-                yield connection
-        except (SQLAlchemyError, sqlite3.Error, ImportError) as error:
-            cause = getattr(error, "orig", None) or error
-            reason = str(cause).strip().splitlines() or [type(cause).__name__]
-            advice = f" ({told})" if (told := remedy(cause)) else ""
-            msg = f"cannot read the store {self.name}: {scrub(reason[0], self._url)}{advice}"
-            raise StoreError(msg) from error
-        except StoreError as error:
-            if self.name in str(error):
-                raise
-            msg = f"cannot read the store {self.name}: {error}"
-            raise type(error)(msg) from None
-
-
-def _absent(name: str) -> str:
-    return (
-        f"there is no store at {name}; a job that calls gradwatch.wrap makes it at its first step"
-    )
+    if not run.settings.get("remote_control"):
+        return (
+            f"run {run.name!r} does not allow it: start the job with GRADWATCH_REMOTE_CONTROL=1 "
+            "or wrap(..., remote_control=True)"
+        )
+    return None
 
 
 def status_of(run: Run) -> str:
     """The run's status; "silent" where it says it runs and gives no sign of life."""
     return "silent" if run.status == "running" and not run.is_live() else run.status
-
-
-def _sqlite_reader(path: Path) -> sa.Engine:
-    """An engine whose connections can only read, and see one moment per transaction."""
-
-    def connect() -> sqlite3.Connection:
-        address = f"file:{urllib.parse.quote(str(path))}?mode=ro"
-        has_wal = path.with_name(path.name + "-wal").exists()
-        if not has_wal and not os.access(path.parent, os.W_OK):
-            # Nobody writes here, and the index of a WAL could not be made: read it as it lies.
-            address += "&immutable=1"
-        connection = sqlite3.connect(
-            address, uri=True, timeout=5.0, check_same_thread=False, isolation_level=None
-        )
-        connection.execute("PRAGMA query_only=1")
-        return connection
-
-    engine = sa.create_engine(
-        "sqlite://", creator=connect, poolclass=sa.pool.NullPool, json_deserializer=json.loads
-    )
-
-    @sa.event.listens_for(engine, "begin")
-    def _begin(connection: sa.Connection) -> None:
-        connection.exec_driver_sql("BEGIN")
-
-    return engine
-
-
-def _last(connection: sa.Connection, run_id: int, name: str) -> Any:
-    """The last value of a column that is not NULL; None where there is none.
-
-    From the visible part of the latest attempt back: the view would read the whole run.
-    """
-    a, r = schema.attempts.c, schema.step_records.c
-    parts = sa.select(a.attempt, a.start_step).where(a.run_id == run_id).order_by(a.position.desc())
-    stop = _IDS - 1
-    for attempt, start in connection.execute(parts).all():
-        query = (
-            sa.select(r[name])
-            .where(r.run_id == run_id, r.attempt == attempt, r.step < stop, r[name].is_not(None))
-            .order_by(r.step.desc())
-            .limit(1)
-        )
-        found = connection.execute(query).scalar()
-        if found is not None:
-            return found
-        stop = min(stop, start)
-    return None
-
-
-def _count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
-    return sa.func.coalesce(sa.func.sum(sa.case((condition, 1), else_=0)), 0)
-
-
-def _dtype(name: str) -> type:
-    if name == "step":
-        return np.int64
-    return np.bool_ if name in _FLAGS else np.float64

@@ -8,19 +8,25 @@ import numpy as np
 import pandas as pd
 from tsdownsample import MinMaxLTTBDownsampler
 
-from gradwatch_monitor.recommend import History
-from gradwatch_monitor.store import STEP_COLUMNS, status_of
+from gradwatch_monitor.applying import outcomes
+from gradwatch_monitor.history import COLUMNS, History, facts
+from gradwatch_monitor.store import status_of
+from gradwatch_monitor.timeline import RECENT, Blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from gradwatch.summaries import Distribution
+    from gradwatch_monitor.applying import Applied, Outcome
     from gradwatch_monitor.store import Run, Store
 
 __all__ = [
     "Timeline",
+    "changes_table",
     "clip_ratio",
     "events_table",
     "loss_chart",
+    "lr_chart",
     "norms_chart",
     "runs_table",
     "thin",
@@ -28,6 +34,11 @@ __all__ = [
     "what_if_curve",
 ]
 
+# Of the record, what is drawn and what the recommendation looks at.
+_COLUMNS = (
+    "step", "time", "loss", "lr", "pre_norm", "post_norm", "threshold", "clipped", "nonfinite",
+    "skipped",
+)  # fmt: skip
 MARKED = (
     "nonfinite_gradient",
     "nonfinite_loss",
@@ -41,26 +52,30 @@ MARKED = (
 class Timeline:
     """A run's visible steps, kept up to date by reading only what is new.
 
-    It starts from nothing again when an attempt began, which may have hidden steps that were read,
-    and when steps of an earlier one were recovered.
+    Of a long run, all but the last steps are blocks of a thousand. It starts from nothing again
+    when an attempt began, which may have hidden steps that were read, when steps of an earlier one
+    were recovered, and when so many have come that it holds more than it needs.
     """
 
     def __init__(self, run_id: int, uid: str = "") -> None:
         self.run_id = run_id
         self.uid = uid  # a store that was deleted and made anew counts its runs from 1 again
+        self.blocks = Blocks.none()
         self._past = (-1, -1)
+        self._first_loss: float | None = None
         self._columns: dict[str, np.ndarray[Any, Any]] = {}
 
     def refresh(self, store: Store) -> None:
         """Read the steps that have come since."""
         past = store.past(self.run_id)
-        if past != self._past:
+        if past != self._past or len(self["step"]) > 2 * RECENT:
             self._past = past
-            self._columns = store.columns(self.run_id, STEP_COLUMNS)
+            self.blocks, self._columns = store.long(self.run_id, _COLUMNS)
+            self._first_loss = store.first_loss(self.run_id) if self.blocks.steps else None
             return
         known = self._columns["step"]
         start = int(known[-1]) + 1 if len(known) else None
-        new = store.columns(self.run_id, STEP_COLUMNS, start)
+        new = store.columns(self.run_id, _COLUMNS, start)
         if len(new["step"]):
             self._columns = {
                 name: np.concatenate([column, new[name]]) for name, column in self._columns.items()
@@ -68,58 +83,101 @@ class Timeline:
 
     def __len__(self) -> int:
         """How many steps there are."""
-        return len(self._columns["step"])
+        return self.blocks.steps + len(self._columns["step"])
 
     def __getitem__(self, name: str) -> np.ndarray[Any, Any]:
-        """A column of the record, by step."""
+        """A column of the record, by step: of the last steps, where there are blocks."""
         return self._columns[name]
+
+    @property
+    def last_step(self) -> int:
+        """The greatest step; there has to be one."""
+        return int(np.concatenate([self.blocks.column("last_step"), self["step"]])[-1])
 
     def history(self, run: Run) -> History:
         """What the recommendation looks at."""
+        return self._history(**facts(run))
+
+    def _history(self, **told: Any) -> History:
+        norms, threshold, clipped, nonfinite, loss = (self[name] for name in COLUMNS)
+        blocks, first = self.blocks, self._first_loss
         return History(
-            self["pre_norm"],
-            self["threshold"],
-            self["clipped"],
-            self["nonfinite"],
-            optimizer=str(run.settings.get("optimizer", "")),
-            policy=", ".join(p["policy"] for p in run.settings.get("policies", [])),
+            norms, threshold, clipped, nonfinite, loss, blocks=blocks, first_loss=first, **told
         )
 
+    @property
+    def norms(self) -> Distribution:
+        """The norms that are finite and above 0."""
+        return self._history().since(0.0).distribution
 
-def thin(y: np.ndarray[Any, Any], points: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Positions of about `points` values that draw the same line.
+    def at(self, steps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
+        """Where points of these steps stand; None where they are evenly apart, as of each step."""
+        return steps if self.blocks.steps else None
+
+    def drawn(self, *names: str) -> dict[str, np.ndarray[Any, Any]]:
+        """Columns to draw lines of: a block is two points, the least value and the greatest."""
+        columns = {name: self[name] for name in ("step", *names)}
+        if not self.blocks.steps:
+            return columns
+        block = self.blocks.column
+        for name, column in columns.items():
+            if name == "step":
+                ends = block("first_step"), block("last_step")
+            elif name == "time":
+                ends = block("last_time"), block("last_time")
+            elif column.dtype == bool:  # of the least value, where all are; of the greatest, any
+                ends = block(name) == block("steps"), block(name) > 0
+            elif name == "lr":  # not summarised
+                ends = (np.full(len(block("steps")), np.nan),) * 2
+            else:
+                ends = block(f"{name}_min"), block(f"{name}_max")
+            columns[name] = np.concatenate([np.column_stack(ends).ravel(), column])
+        return columns
+
+    def outcomes(self, changes: Sequence[Applied]) -> list[Outcome]:
+        """What came of each change."""
+        return outcomes(changes, self["step"], self["pre_norm"], self["clipped"])
+
+
+def thin(
+    y: np.ndarray[Any, Any], points: int, x: np.ndarray[Any, Any] | None = None
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Positions of about `points` values that draw the same line; at `x`, or evenly apart.
 
     MinMaxLTTB (Van Der Donckt et al. 2023, arXiv 2305.00332) over the finite values: extremes are
     kept. A stretch without any that is wide enough to be seen stays a gap.
     """
     if len(y) <= points:
         return np.arange(len(y))
+    at = np.arange(len(y)) if x is None else x
     finite = np.flatnonzero(np.isfinite(y))
     if len(finite) <= points:
         chosen = finite
     else:
-        downsampler = MinMaxLTTBDownsampler()
-        kept = downsampler.downsample(np.ascontiguousarray(y[finite]), n_out=points)
-        chosen = finite[np.asarray(kept, dtype=np.int64)]
-    wide = np.flatnonzero(np.diff(finite) > len(y) / points)
-    return np.union1d(chosen, finite[wide] + 1)
+        drawn = [np.ascontiguousarray(values[finite]) for values in ((y,) if x is None else (x, y))]
+        chosen = finite[MinMaxLTTBDownsampler().downsample(*drawn, n_out=points).astype(np.int64)]
+    wide = (np.diff(finite) > 1) & (np.diff(at[finite]) > (at[-1] - at[0] + 1) / points)
+    return np.union1d(chosen, finite[np.flatnonzero(wide)] + 1)
 
 
 def _frame(
-    timeline: Timeline, keep: np.ndarray[Any, np.dtype[np.int64]], points: int, **columns: Any
+    timeline: Timeline,
+    columns: dict[str, Any],
+    keep: np.ndarray[Any, np.dtype[np.int64]],
+    points: int,
 ) -> pd.DataFrame:
     """Columns at the positions to keep, by step; where steps are missing, a row without values.
 
     So a line breaks where records were lost. A gap too narrow to be seen is left closed.
     """
-    step = timeline["step"]
+    step = columns["step"]
     jumps = np.diff(step)
+    # From a block's first step to its last there is no gap.
+    jumps[: 2 * len(timeline.blocks.column("steps")) : 2] = 1
     wide = max(1, (step[-1] - step[0]) // points) if len(step) else 1
     gaps = np.flatnonzero(jumps > wide)
     keep = np.union1d(keep, np.concatenate([gaps, gaps + 1]))
-    frame = pd.DataFrame(
-        {"step": step[keep], **{name: values[keep] for name, values in columns.items()}}
-    )
+    frame = pd.DataFrame({name: values[keep] for name, values in columns.items()})
     if not len(gaps):
         return frame
     empty = pd.DataFrame({"step": step[gaps] + 1}).reindex(columns=frame.columns)
@@ -134,40 +192,52 @@ def norms_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
 
     A norm of 0 has no place on a log axis and is left out, as are non-finite ones.
     """
-    pre = timeline["pre_norm"]
-    drawable = np.where(pre > 0, pre, np.nan)
-    keep = thin(np.log(drawable), points)
-    names = ("time", "post_norm", "threshold", "clipped", "skipped")
-    columns = {name: timeline[name] for name in names}
-    return _frame(timeline, keep, points, pre_norm=drawable, **columns)
+    columns = timeline.drawn("pre_norm", "time", "post_norm", "threshold", "clipped", "skipped")
+    pre = columns["pre_norm"]
+    columns["pre_norm"] = np.where(pre > 0, pre, np.nan)
+    keep = thin(np.log(columns["pre_norm"]), points, timeline.at(columns["step"]))
+    return _frame(timeline, columns, keep, points)
 
 
 def clip_ratio(timeline: Timeline, window: int, points: int = 1500) -> pd.DataFrame:
-    """Step and clip_ratio: the share of clipped steps among the last `window`, once that many."""
+    """Step and clip_ratio: the share of clipped steps among the last `window`, once that many.
+
+    Of a block it is the share in the block, at its last step.
+    """
     clipped = timeline["clipped"].astype(np.float64)
     total = np.concatenate([[0.0], np.cumsum(clipped)])
-    if len(clipped) < window:
-        return pd.DataFrame({"step": np.empty(0, np.int64), "clip_ratio": np.empty(0)})
-    ratio = np.full(len(clipped), np.nan)
-    ratio[window - 1 :] = (total[window:] - total[:-window]) / window
-    keep = window - 1 + thin(ratio[window - 1 :], points)
-    return _frame(timeline, keep, points, clip_ratio=ratio)
+    recent = (total[window:] - total[:-window]) / window if len(clipped) >= window else total[:0]
+    block = timeline.blocks.column
+    steps = np.concatenate([block("last_step"), timeline["step"][len(clipped) - len(recent) :]])
+    ratio = np.concatenate([block("clipped") / block("steps"), recent])
+    keep = thin(ratio, points, timeline.at(steps))
+    if timeline.blocks.steps:
+        return pd.DataFrame({"step": steps[keep], "clip_ratio": ratio[keep]})
+    return _frame(timeline, {"step": steps, "clip_ratio": ratio}, keep, points)
 
 
 def loss_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
     """Step and loss, thinned; empty where no loss was logged."""
-    loss = timeline["loss"]
-    if not np.isfinite(loss).any():
-        return pd.DataFrame({"step": np.empty(0, np.int64), "loss": np.empty(0)})
-    keep = thin(loss, points)
-    return _frame(timeline, keep, points, loss=loss)
+    return _line_chart(timeline, "loss", points)
+
+
+def lr_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
+    """Step and lr, thinned; empty where the optimizer has none."""
+    return _line_chart(timeline, "lr", points)
+
+
+def _line_chart(timeline: Timeline, name: str, points: int) -> pd.DataFrame:
+    columns = timeline.drawn(name)
+    if not np.isfinite(columns[name]).any():
+        return pd.DataFrame({"step": np.empty(0, np.int64), name: np.empty(0)})
+    keep = thin(columns[name], points, timeline.at(columns["step"]))
+    return _frame(timeline, columns, keep, points)
 
 
 def what_if(timeline: Timeline, threshold: float) -> tuple[float, int]:
     """The share of the norms above a threshold, and how many there are: finite and above 0."""
-    norms = timeline["pre_norm"]
-    usable = norms[np.isfinite(norms) & (norms > 0)]
-    return (float((usable > threshold).mean()) if len(usable) else 0.0), len(usable)
+    norms = timeline.norms
+    return float(norms.share(threshold)), norms.count
 
 
 def what_if_curve(
@@ -177,15 +247,14 @@ def what_if_curve(
 
     `include` are thresholds that are to be among them, where they are within the range.
     """
-    norms = timeline["pre_norm"]
-    norms = np.sort(norms[np.isfinite(norms) & (norms > 0)])
-    if not len(norms):
+    norms = timeline.norms
+    if not norms.count:
         return pd.DataFrame({"threshold": np.empty(0), "clip_ratio": np.empty(0)})
-    grid = np.geomspace(norms[0] * 0.9, norms[-1] * 1.1, points)
+    least, greatest = norms.range
+    grid = np.geomspace(least * 0.9, greatest * 1.1, points)
     extra = [value for value in include if value and grid[0] <= value <= grid[-1]]
     grid = np.unique([*(float(f"{value:.3g}") for value in grid), *extra])
-    above = len(norms) - np.searchsorted(norms, grid, side="right")
-    return pd.DataFrame({"threshold": grid, "clip_ratio": above / len(norms)})
+    return pd.DataFrame({"threshold": grid, "clip_ratio": norms.share(grid)})
 
 
 def events_table(store: Store, run_id: int, limit: int = 500) -> pd.DataFrame:
@@ -205,6 +274,23 @@ def events_table(store: Store, run_id: int, limit: int = 500) -> pd.DataFrame:
     ]
     names = ["step", "time", "kind", "severity", "message", "parameters", "origin", "rank"]
     return pd.DataFrame(rows, columns=names)
+
+
+def changes_table(changes: Sequence[Applied]) -> pd.DataFrame:
+    """The changes that the job made, by step: step, time (UTC), from, to, by, reason, clip."""
+    rows = [
+        {
+            "step": change.step,
+            "time": pd.Timestamp(change.time, unit="s", tz="UTC"),
+            "from": change.old,
+            "to": change.new,
+            "clip": change.clip,
+            "by": change.by,
+            "reason": change.reason or "",
+        }
+        for change in changes
+    ]
+    return pd.DataFrame(rows, columns=["step", "time", "from", "to", "clip", "by", "reason"])
 
 
 def runs_table(store: Store, limit: int = 200) -> pd.DataFrame:

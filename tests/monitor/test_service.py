@@ -94,7 +94,7 @@ def test_a_store_that_cannot_be_read_is_not_healthy():
         Path("gradwatch.db").unlink()
         wait_until(lambda: get(f"{url}healthz")[0] == 200)
         assert get(f"{url}sd") == (200, [])
-        assert get(f"{url}nowhere") == (404, {"pages": ["/healthz", "/sd"]})
+        assert get(f"{url}nowhere") == (404, {"pages": ["/healthz", "/metrics", "/sd"]})
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
         assert process.returncode == 0

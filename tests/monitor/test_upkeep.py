@@ -295,6 +295,29 @@ def test_what_is_wrong_is_found(stores, request, statement, kind, words):
     assert any(re.search(words, problem.detail) for problem in found)
 
 
+def test_a_step_that_could_not_be_recorded_is_a_counted_gap(tmp_path, monkeypatch):
+    """The agent's own failure is told by an event, also that of the last step; not as damage."""
+    url = f"sqlite:///{tmp_path}/one.db"
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    agent = Agent(optimizer, store=url, metrics_port=None)
+    for step in range(8):
+        with monkeypatch.context() as patch:
+            if step in {3, 4, 7}:
+                patch.setattr("gradwatch.part.Part.measure", lambda *_: 1 / 0)
+            weight.grad = torch.ones(3)
+            optimizer.step()
+    agent.close()
+    assert integrity.check(url) == []
+    with sqlite3.connect(tmp_path / "one.db") as connection:
+        assert connection.execute(
+            "SELECT sum(json_extract(data, '$.error')) FROM events WHERE kind = 'records_dropped'"
+        ).fetchall() == [(3,)]
+        connection.execute("DELETE FROM step_records WHERE step = 5")
+    (problem,) = integrity.check(url)
+    assert problem.kind == "missing"
+
+
 def test_a_step_that_is_there_twice_is_found(postgres_server):
     """PostgreSQL's key cannot keep it out, for the time is in it."""
     url = postgres_server.new_database()

@@ -14,9 +14,11 @@ from gradwatch.records import Batch
 from gradwatch.sinks import postgres, sqlite
 from gradwatch.sinks.database import DatabaseSink
 from gradwatch.testing import run_info
-from gradwatch_monitor import Store
+from gradwatch_monitor import Store, recommend, timeline
+from gradwatch_monitor.rows import Finding
 
 RUNS, STEPS = 2000, 200
+BLOCK = 50  # as if a block had so few steps
 DAYS = [20_000, 20_001, 20_002]
 
 # What has to be read from end to end: the list of all runs, and what has a row or a few.
@@ -66,6 +68,9 @@ def fill(connection):
     runs = f"({series.format(RUNS)}) AS r"
     start = DAYS[0] * partitions.DAY_SECONDS
     clock = f"{start} + (r.n * {STEPS} + s.n) * {len(DAYS) * partitions.DAY_SECONDS / RUNS / STEPS}"
+    no_norms = {"postgresql": r"'\x01000000'::bytea", "sqlite": "x'01000000'"}[
+        connection.dialect.name
+    ]
     yes, no = ("true", "false") if connection.dialect.name == "postgresql" else ("1", "0")
     for sql in (
         f"""INSERT INTO runs (uid, name, job, started_at, heartbeat_at, status, host, pid,
@@ -84,6 +89,15 @@ def fill(connection):
                 {no}, {no}, {no}, {yes} FROM {many} WHERE {which}"""
             for a, which in ((1, f"s.n < {STEPS * 6 // 10}"), (2, f"s.n >= {STEPS // 2}"))
         ),
+        *(
+            f"""INSERT INTO step_summaries (run_id, attempt, block, first_step, last_step, last_time,
+                steps, finite, zeros, clipped, nonfinite, nonfinite_loss, skipped, amp_overflows,
+                norms)
+                SELECT r.n + 1, {a}, s.n, s.n * {BLOCK}, s.n * {BLOCK} + {BLOCK - 1}, {start},
+                {BLOCK}, 0, 0, 0, 0, 0, 0, 0, {no_norms}
+                FROM {runs}, ({series.format(20)}) AS s"""
+            for a in (1, 2)
+        ),
         f"""INSERT INTO events (run_id, attempt, step, time, kind, severity, message, data)
             SELECT r.n + 1, 2, s.n, {clock}, 'loss_spike', 'info', 'text', '{{}}'
             FROM {many} WHERE s.n % 10 = 9""",
@@ -95,6 +109,8 @@ def fill(connection):
             FROM {runs}, ({series.format(5)}) AS s""",
         f"""INSERT INTO threshold_changes (run_id, requested_at, requested_by, threshold, applied_at)
             SELECT r.n + 1, {start}, 'me', 1.0, 1.0 FROM {runs}, ({series.format(5)}) AS s""",
+        f"""INSERT INTO recommendations (run_id, made_at, last_step, verdict, reasons)
+            SELECT r.n + 1, {start}, 9, 'keep', '[]' FROM {runs}, ({series.format(5)}) AS s""",
     ):
         connection.execute(sa.text(sql.replace(":", "\\:")))
 
@@ -149,27 +165,35 @@ def scanned(url, heard):
     return found
 
 
-def test_what_readers_ask(full):
-    """Each method of `Store`."""
+def test_what_readers_ask(full, monkeypatch):
+    """Each method of `Store`; the run is long enough to have blocks."""
+    monkeypatch.setattr(timeline, "BLOCK", BLOCK)
+    finding = Finding("f1", "info", 0, 1, 0.0, None, "m", "a", {})
     asked = {
         "name": lambda s: s.name,
         "runs": lambda s: (s.runs(), s.runs(limit=5), s.runs(status="running")),
         "run": lambda s: (s.run("run-7"), s.run("uid-7"), s.run(7)),
         "steps": lambda s: (s.steps(7), s.steps(7, 50, 150), s.steps(7, start=180)),
         "columns": lambda s: s.columns(7, ["step", "pre_norm"], stop=50),
+        "long": lambda s: s.long(7, ["step", "pre_norm"], recent=50),
         "summary": lambda s: s.summary(7),
         "last_step": lambda s: s.last_step(7),
         "past": lambda s: s.past(7),
         "events": lambda s: (s.events(7), s.events(7, kind="loss_spike", limit=3)),
         "findings": lambda s: s.findings(7),
+        "note_findings": lambda s: (s.note_findings(7, [finding], keep={"f0"}), s.findings(7)),
+        "note_recommendation": lambda s: (s.note_recommendation(7, 9, recommend(s, 7)),),
+        "first_loss": lambda s: (s.first_loss(7),),
+        "layers": lambda s: s.layers(7),
         "changes": lambda s: s.changes(7),
     }
     not_queries = {"close", "apply"}
-    assert set(asked) == {n for n in vars(Store) if not n.startswith("_")} - not_queries
+    assert set(asked) == {n for n in dir(Store) if not n.startswith("_")} - not_queries
     with Store(full) as store, overheard() as heard:
         for ask in asked.values():
             assert ask(store) is not None
     assert len(heard) > len(asked)
+    assert any("step_summaries.norms" in statement for statement, _ in heard)
     assert scanned(full, heard) == []
 
 

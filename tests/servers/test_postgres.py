@@ -461,7 +461,7 @@ def started(url, name):
     """A run that has stored ten steps, and looks at the store only when it has more."""
     model = mlp()
     optimizer = adamw(model)
-    quiet = gradwatch.Settings(heartbeat_interval=600)
+    quiet = gradwatch.Settings(heartbeat_interval=30)
     agent = Agent(optimizer, model=model, store=url, run=name, settings=quiet)
     train(model, optimizer, 10)
     assert agent.flush(30)

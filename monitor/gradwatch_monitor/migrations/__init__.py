@@ -12,9 +12,12 @@ from gradwatch import schema
 from gradwatch.config import redact, resolve_store, sqlite_path
 from gradwatch.errors import StoreError, StoreNotFoundError
 from gradwatch.secrets import scrub
-from gradwatch.sinks import postgres, sqlite
+from gradwatch.sinks import blocks, postgres, sqlite
+from gradwatch.sinks.rows import Stored
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from alembic.config import Config
 
 __all__ = ["configuration", "migrate"]
@@ -30,9 +33,12 @@ def configuration(connection: sa.Connection) -> Config:
     return config
 
 
-def migrate(url: str) -> tuple[str | None, str]:
+def migrate(
+    url: str, *, progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> tuple[str | None, str]:
     """Bring the store's schema to this version's, in one transaction; the revisions before, after.
 
+    `progress` hears of how many attempts of how many have their summaries.
     Raises `StoreNotFoundError` where there is no such file, `StoreError` where it is not a store.
     """
     from alembic import command  # noqa: PLC0415
@@ -59,6 +65,8 @@ def migrate(url: str) -> tuple[str | None, str]:
                 msg = f"{redact(url)} is somebody else's database: it has tables, but no store"
                 raise StoreError(msg)
             command.upgrade(configuration(connection), "head")
+            if before is not None and before < "0003":
+                _summarise(connection, progress)
             return before, schema.revision(connection) or ""
     except (sa.exc.SQLAlchemyError, sqlite3.Error, CommandError, OSError) as error:
         cause = getattr(error, "orig", None) or error
@@ -67,3 +75,13 @@ def migrate(url: str) -> tuple[str | None, str]:
         raise StoreError(msg) from None
     finally:
         engine.dispose()
+
+
+def _summarise(connection: sa.Connection, progress: Callable[[int, int], None]) -> None:
+    """Make the summaries of all that is stored."""
+    attempts = schema.attempts.c
+    found = connection.execute(sa.select(attempts.run_id, attempts.attempt)).all()
+    for done, (run_id, attempt) in enumerate(found):
+        progress(done, len(found))
+        blocks.fill(connection, Stored(run_id, attempt))
+    progress(len(found), len(found))

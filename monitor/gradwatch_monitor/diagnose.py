@@ -1,0 +1,126 @@
+"""A run → what is wrong with it now, each finding with the steps and numbers it rests on."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from gradwatch_monitor.diagnosis import RULES, Sign, Window
+from gradwatch_monitor.diagnosis.window import LayerSamples
+from gradwatch_monitor.rows import Finding
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from gradwatch_monitor.store import Store
+
+__all__ = ["OF_THE_AGENT", "diagnose", "ended", "signs", "window_of"]
+
+_Named = TypeVar("_Named", Finding, Sign)
+
+WINDOW = 2000  # steps that the rules look at
+START = 200  # and of the run's beginning
+OPENS, STAYS = 1.0, 0.7  # a finding's strength: so it does not come and go with every step
+# The one says all that the other does: most steps, or a wall of norms under a loss scale.
+_SAID_BY = {"clipping_most_steps": "clipping_every_step", "clipped_twice": "not_unscaled"}
+OF_THE_AGENT = frozenset(
+    {"clip_after_step", "clipped_twice"}
+)  # seen in the job itself, and told once
+
+_GRAVITY = {"critical": 0, "warning": 1, "info": 2}
+_COLUMNS = (
+    "step", "loss", "pre_norm", "post_norm", "threshold", "loss_scale", "clipped", "nonfinite",
+    "nonfinite_loss", "skipped",
+)  # fmt: skip
+
+
+def diagnose(store: Store, run_id: int) -> list[Finding]:
+    """What is wrong with a run as of its last 2,000 steps, the gravest first.
+
+    A finding that is open already (in the store, where the monitor keeps them) stays until its
+    cause has clearly gone; nothing is written here.
+
+    Args:
+        store: where the run is.
+        run_id: its integer id (`store.run("name").id`).
+
+    Raises:
+        RunNotFoundError: there is no such run.
+    """
+    before = {f.finding: f for f in store.findings(run_id) if f.ended_at is None}
+    found = [finding for name, finding in before.items() if name in OF_THE_AGENT]
+    window = window_of(store, run_id)
+    if window is not None:
+        seen = signs(window, before)
+        found.extend(_finding(sign, before.get(sign.finding)) for sign in seen)
+    return sorted(_without_repetition(found), key=lambda f: (_GRAVITY[f.severity], f.first_step))
+
+
+def ended(store: Store, run_id: int, now: Sequence[Finding]) -> list[Finding]:
+    """What was found before, and does not hold any more: all on record that is not there now."""
+    holds = {finding.finding for finding in now}
+    past = [f for f in store.findings(run_id) if f.ended_at is not None]
+    return [finding for finding in past if finding.finding not in holds]
+
+
+def signs(window: Window, open_: Collection[str] = ()) -> list[Sign]:
+    """What the rules see: what is strong enough to be said, or to stay open."""
+    seen = [sign for rule in RULES if (sign := rule(window)) is not None]
+    said = [s for s in seen if s.strength >= (STAYS if s.finding in open_ else OPENS)]
+    return _without_repetition(said)
+
+
+def _without_repetition(found: Sequence[_Named]) -> list[_Named]:
+    names = {one.finding for one in found}
+    return [one for one in found if _SAID_BY.get(one.finding) not in names]
+
+
+def window_of(store: Store, run_id: int) -> Window | None:
+    """The window of a run as it stands in the store; None before its first step."""
+    run = store.run(run_id)
+    last = store.last_step(run_id)
+    if last is None:
+        return None
+    columns = store.columns(run_id, _COLUMNS, start=last - WINDOW + 1)
+    if not len(columns["step"]):
+        return None
+    first = store.columns(run_id, ("loss", "pre_norm"), stop=START)
+    samples = store.layers(run_id)
+    return Window(
+        **columns,
+        first_losses=first["loss"],
+        first_norms=first["pre_norm"],
+        layers=_layers(samples),
+        settings=run.settings,
+    )
+
+
+def _layers(samples: Sequence[tuple[int, str, float | None, float | None]]) -> LayerSamples | None:
+    if not samples:
+        return None
+    steps = sorted({step for step, *_ in samples})
+    names = list(dict.fromkeys(name for _, name, _, _ in samples))
+    row, column = ({key: i for i, key in enumerate(keys)} for keys in (steps, names))
+    norms = np.full((2, len(steps), len(names)), np.nan)
+    for step, name, grad, weight in samples:
+        norms[:, row[step], column[name]] = [
+            np.nan if value is None else value for value in (grad, weight)
+        ]
+    return LayerSamples(np.array(steps, dtype=np.float64), names, norms[0], norms[1])
+
+
+def _finding(sign: Sign, before: Finding | None) -> Finding:
+    first, last = sign.steps
+    return Finding(
+        finding=sign.finding,
+        severity=sign.severity,
+        first_step=first if before is None else min(first, before.first_step),
+        last_step=last,
+        found_at=time.time() if before is None else before.found_at,
+        ended_at=None,
+        message=sign.message + ".",
+        advice=sign.advice,
+        data={**sign.data, "strength": round(sign.strength, 3), "source": sign.source},
+    )

@@ -1,0 +1,76 @@
+"""What the layers' norms show: gradients that vanish on their way back, one layer that is all."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradwatch_monitor.diagnosis.window import Array, Rule, Sign, Window
+
+__all__ = ["RULES", "dominating_layer", "vanishing_gradients"]
+
+_SAMPLES = 3
+_VANISHED = 4.0  # decades between the greatest and the least gradient in units of its weight
+_SHARE = 0.95  # of the squared norm
+
+
+def vanishing_gradients(window: Window) -> Sign | None:
+    """Weight matrices whose gradient is a ten-thousandth of another's, each in units of its weight."""
+    layers = window.layers
+    if layers is None:
+        return None
+    weights = {
+        i: float(np.median(known))
+        for i, name in enumerate(layers.names)
+        if "weight" in name
+        and "norm" not in name
+        and len(known := _positive(layers.weight_norm[:, i]))
+    }
+    kept = [i for i in weights if len(_positive(layers.grad_norm[:, i])) >= _SAMPLES]
+    if len(kept) < 3:
+        return None
+    level = np.array([np.median(_positive(layers.grad_norm[:, i])) / weights[i] for i in kept])
+    decades = float(np.log10(level.max() / level.min()))
+    least = layers.names[kept[int(level.argmin())]]
+    if decades <= 0:
+        return None
+    return Sign(
+        "vanishing_gradients", "warning", decades / _VANISHED,
+        (int(layers.step[0]), int(layers.step[-1])),
+        f"the gradient of {least} is {level.min():.2g} of its weight, {10**decades:.0f} times less "
+        "than that of the layer with the most",
+        "It learns next to nothing: residual connections, normalisation, another activation or "
+        "initialisation, gates in a recurrent network. No clipping mends that.",
+        "Hochreiter 1991; Pascanu et al. 2013; Glorot, Bengio 2010",
+        {"parameter": least, "decades": decades},
+    )  # fmt: skip
+
+
+def dominating_layer(window: Window) -> Sign | None:
+    """One parameter is nearly all of the global norm: it alone decides what is clipped."""
+    layers = window.layers
+    if layers is None or len(layers.names) < 4:
+        return None
+    squares = layers.grad_norm**2
+    total = np.nansum(squares, axis=1)
+    known = total > 0
+    if known.sum() < _SAMPLES:
+        return None
+    shares = np.nan_to_num(squares[known] / total[known, None])
+    median = np.median(shares, axis=0)
+    top = int(median.argmax())
+    share = float(median[top])
+    return Sign(
+        "dominating_layer", "info", share / _SHARE, (int(layers.step[0]), int(layers.step[-1])),
+        f"{layers.names[top]} makes {100 * share:.0f} % of the squared gradient norm",
+        "It alone decides when all others are clipped: a policy a parameter group, ClipLayerNorm "
+        "or AdaptiveGradientClip treats each by its own.",
+        "Brock et al. 2021, arXiv 2102.06171",
+        {"parameter": layers.names[top], "share": share},
+    )  # fmt: skip
+
+
+def _positive(norms: Array) -> Array:
+    return norms[np.isfinite(norms) & (norms > 0)]
+
+
+RULES: tuple[Rule, ...] = (vanishing_gradients, dominating_layer)

@@ -1,0 +1,92 @@
+"""Numbers that are none, gradients of 0, and a loss scaler in trouble."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from gradwatch_monitor.diagnosis.window import Rule, Sign, Window
+
+__all__ = ["RULES", "dead_gradient", "loss_scale_trouble", "nonfinite_gradient", "nonfinite_loss"]
+
+_RECENT = 200  # steps after which what was seen counts no longer
+_OVERFLOWS = 0.05  # of the steps; a scaler that looks for its scale doubles it every 2,000 steps
+
+
+def nonfinite_loss(window: Window) -> Sign | None:
+    """The loss was NaN or inf within the last 200 steps."""
+    recent = window.last(_RECENT)
+    count = int(recent.nonfinite_loss.sum())
+    if not count:
+        return None
+    return Sign(
+        "nonfinite_loss", "critical", float(count), recent.span(recent.nonfinite_loss),
+        f"the loss was NaN or inf in {count} of the last {len(recent)} steps",
+        "It came from the forward pass or the data: look at the step's batch, at divisions, "
+        "logarithms and square roots of 0, and at the learning rate if the loss grew before.",
+        "Pascanu, Mikolov, Bengio 2013, section 2",
+        {"steps": count},
+    )  # fmt: skip
+
+
+def nonfinite_gradient(window: Window) -> Sign | None:
+    """Gradients had NaN or inf within the last 200 steps, though the loss was finite."""
+    recent = window.last(_RECENT)
+    where = recent.nonfinite & ~recent.nonfinite_loss
+    count = int(where.sum())
+    if not count:
+        return None
+    applied = int((where & ~recent.skipped).sum())
+    return Sign(
+        "nonfinite_gradient", "critical" if applied or count > 1 else "warning", float(count),
+        recent.span(where),
+        f"{count} of the last {len(recent)} steps had NaN or inf in a gradient; "
+        + (f"{applied} of them were applied" if applied else "they were left out"),
+        "The events name the parameter where it entered: look at that layer's backward pass "
+        "(sqrt, norm and division at 0, log of 0), and at autocast ranges.",
+        "PyTorch, Autograd mechanics; design of on_nonfinite",
+        {"steps": count, "applied": applied},
+    )  # fmt: skip
+
+
+def dead_gradient(window: Window) -> Sign | None:
+    """The whole gradient was exactly 0."""
+    recent = window.last(_RECENT)
+    where = recent.pre_norm == 0.0
+    count = int(where.sum())
+    if not count:
+        return None
+    return Sign(
+        "dead_gradient", "warning", float(count), recent.span(where),
+        f"the gradient was exactly 0 in {count} of the last {len(recent)} steps",
+        "Nothing was learnt there: a batch whose loss is masked out, a graph cut by detach() or "
+        "no_grad(), or activations that are all saturated.",
+        "bugs of gradient clipping: the dead batch",
+        {"steps": count},
+    )  # fmt: skip
+
+
+def loss_scale_trouble(window: Window) -> Sign | None:
+    """The loss scaler suppresses many steps, or has fallen to where it scales no longer."""
+    scaled = np.isfinite(window.loss_scale)
+    if scaled.sum() < 50:
+        return None
+    recent = window.last(_RECENT)
+    suppressed = recent.skipped & ~recent.nonfinite & np.isnan(recent.pre_norm)
+    share = float(suppressed.mean())
+    scale = float(window.loss_scale[scaled][-1])
+    strength = max(share / _OVERFLOWS, 1.0 if scale < 1.0 else 0.0)
+    if not strength:
+        return None
+    where = suppressed if suppressed.any() else None
+    return Sign(
+        "loss_scale_trouble", "warning", strength, recent.span(where),
+        f"the loss scaler suppressed {100 * share:.0f} % of the last {len(recent)} steps; its "
+        f"scale is {scale:g}",
+        "Gradients overflow float16 at any scale: lower the learning rate, use bfloat16, or look "
+        "for a layer whose activations explode. A scale under 1 makes small gradients vanish.",
+        "Micikevicius et al. 2018, Mixed precision training, section 3.2",
+        {"share": share, "loss_scale": scale},
+    )  # fmt: skip
+
+
+RULES: tuple[Rule, ...] = (nonfinite_loss, nonfinite_gradient, dead_gradient, loss_scale_trouble)

@@ -1,0 +1,195 @@
+"""The symptoms of exploding gradients: in the loss, in the weights, in the norms."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from gradwatch_monitor.diagnosis.window import Array, Rule, Sign, Window
+
+__all__ = [
+    "RULES",
+    "exploding_gradients",
+    "exploding_weights",
+    "loss_spikes",
+    "no_convergence",
+    "norm_drift",
+    "oscillating_loss",
+    "spikes",
+]
+
+_PASCANU = "Pascanu, Mikolov, Bengio 2013, On the difficulty of training recurrent neural networks"
+_LEARNING_RATE = "Lower the learning rate (by 3 to 10), or warm it up"
+_SPIKES = 3  # within the last 500 steps
+_SWING = 0.5  # how far neighbouring losses go against each other
+_BURST = math.log(4.0)  # log(q98 / median) within 100 steps
+_DRIFT = math.log(2.0)  # of the level, over the window
+_AGAIN = 0.5  # of the first loss: a loss that rises from near 0 by little is no explosion
+_GROWTH = math.log(3.0)  # of the weights, within the window
+
+
+def _usable(loss: Array) -> Array:
+    """Finite losses, where they measure progress: all above 0."""
+    finite = loss[np.isfinite(loss)]
+    return finite if len(finite) and finite.min() > 0 else np.empty(0)
+
+
+def spikes(loss: Array, start: float) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
+    """Where a loss leaps out of the 50 before it: 6 robust deviations, twofold, to half of the start.
+
+    A converged run's flicker is none.
+    """
+    if len(loss) <= 50:
+        return np.empty(0, dtype=np.intp)
+    before = np.lib.stride_tricks.sliding_window_view(loss[:-1], 50)
+    middle = np.median(before, axis=1)
+    spread = 1.4826 * np.median(np.abs(before - middle[:, None]), axis=1)
+    at = loss[50:]
+    return 50 + np.flatnonzero((at > middle + 6 * spread) & (at > 2 * middle) & (at > 0.5 * start))
+
+
+def loss_spikes(window: Window) -> Sign | None:
+    """The loss leaps up again and again."""
+    recent = window.last(500)
+    if not len(_usable(recent.loss)) or not len(window.first_losses):
+        return None
+    finite = np.isfinite(recent.loss)
+    steps, loss = recent.step[finite], recent.loss[finite]
+    at = spikes(loss, float(window.first_losses[0]))
+    if not len(at):
+        return None
+    worst = float((loss[at] / np.array([np.median(loss[i - 50 : i]) for i in at])).max())
+    return Sign(
+        "loss_spikes", "warning", len(at) / _SPIKES, (int(steps[at[0]]), int(steps[at[-1]])),
+        f"the loss leapt up {len(at)} times in the last {len(recent)} steps, {worst:.1f}-fold at "
+        "worst",
+        f"{_LEARNING_RATE}; clip nearer to the usual norm, or leave such steps out "
+        "(SkipSpikes); look at the batches of those steps.",
+        _PASCANU, {"spikes": len(at), "worst": worst},
+    )  # fmt: skip
+
+
+def oscillating_loss(window: Window) -> Sign | None:
+    """The loss goes up and down by turns, and by much."""
+    loss = _usable(window.last(200).loss)
+    if len(loss) < 100:
+        return None
+    moves = np.diff(loss)
+    power = float(np.dot(moves, moves))
+    if power == 0.0:
+        return None
+    # Independent noise gives -0.5 here, a loss that swings to and fro -1.
+    turn = float(np.dot(moves[1:], moves[:-1])) / power
+    swing = float(np.median(np.abs(moves)) / np.median(loss))
+    strength = min((-turn - _SWING) / 0.35, swing / 0.2)
+    if strength <= 0:
+        return None
+    return Sign(
+        "oscillating_loss", "warning", strength, window.last(200).span(),
+        f"the loss swings to and fro: by {100 * swing:.0f} % from step to step, against the step "
+        f"before ({turn:.2f}; noise has -0.5)",
+        f"The steps overshoot: {_LEARNING_RATE.lower()}, or use less momentum.",
+        _PASCANU, {"autocorrelation": turn, "swing": swing},
+    )  # fmt: skip
+
+
+def no_convergence(window: Window) -> Sign | None:
+    """The loss blew up at the start and ended no lower than it began."""
+    loss, first = _usable(window.loss), _usable(window.first_losses)
+    norms = window.first_norms[np.isfinite(window.first_norms)]
+    if len(loss) < 100 or len(first) < 20 or len(norms) < 20:
+        return None
+    begun, now = float(first[0]), float(np.median(loss[-len(loss) // 5 :]))
+    leapt = float(np.quantile(norms, 0.98)) > 4.0 * float(np.median(norms))
+    if now < begun or float(max(first.max(), loss.max())) < 1.3 * begun or not leapt:
+        return None
+    return Sign(
+        "no_convergence", "critical", now / begun, window.span(),
+        f"the loss, {begun:.3g} at first, blew up and is now at {now:.3g}",
+        f"{_LEARNING_RATE}, and start anew: the weights are where gradients say nothing.",
+        _PASCANU, {"first": begun, "now": now},
+    )  # fmt: skip
+
+
+def exploding_gradients(window: Window) -> Sign | None:
+    """The norms leap by factors within a hundred steps while the loss does not fall."""
+    norms = window.pre_norm[np.isfinite(window.pre_norm) & (window.pre_norm > 0)]
+    first = _usable(window.first_losses)
+    loss = _usable(window.loss)
+    if len(norms) < 200:
+        return None
+    if len(loss) >= 100 and len(first):
+        now = float(np.median(loss[-100:]))
+        lowest = min(float(np.median(part)) for part in np.array_split(loss, len(loss) // 50))
+        learns = now < 0.2 * first[0] or (now < 0.8 * first[0] and now < 1.2 * lowest)
+    else:
+        learns = False
+    parts = np.array_split(norms, len(norms) // 100)
+    bursts = np.array([np.log(np.quantile(p, 0.98) / np.median(p)) for p in parts])
+    strength = float(np.median(np.sort(bursts)[-3:])) / _BURST
+    if learns or strength <= 0.5:
+        return None
+    return Sign(
+        "exploding_gradients", "critical", strength, window.span(),
+        f"within 100 steps the largest norms are {math.exp(float(bursts.max())):.0f} times the "
+        "median, again and again",
+        f"{_LEARNING_RATE}; look at the initialisation (recurrent weights above 1). Keep the "
+        "tight threshold meanwhile.",
+        _PASCANU, {"burst": math.exp(float(bursts.max()))},
+    )  # fmt: skip
+
+
+def exploding_weights(window: Window) -> Sign | None:
+    """The weights grow by factors while the loss grows too."""
+    layers, loss = window.layers, _usable(window.loss)
+    if layers is None or len(loss) < 100:
+        return None
+    known = np.isfinite(layers.weight_norm).all(axis=1)
+    totals = np.sqrt((layers.weight_norm[known] ** 2).sum(axis=1))
+    if len(totals) < 3 or totals.min() <= 0:
+        return None
+    growth = math.log(totals[-1] / totals.min())
+    now = float(np.median(loss[-50:]))
+    first = float(window.first_losses[0])
+    lowest = min(float(np.median(part)) for part in np.array_split(loss, len(loss) // 50))
+    if now < 1.5 * min(first, lowest) or now < _AGAIN * first or growth <= 0:
+        return None
+    steps = layers.step[known]
+    return Sign(
+        "exploding_weights", "critical", growth / _GROWTH, (int(steps[0]), int(steps[-1])),
+        f"the weights' norm grew from {totals.min():.3g} to {totals[-1]:.3g} while the loss rose",
+        f"{_LEARNING_RATE}, add weight decay, and start from a checkpoint before step "
+        f"{int(steps[int(totals.argmin())])}.",
+        _PASCANU, {"from": float(totals.min()), "to": float(totals[-1])},
+    )  # fmt: skip
+
+
+def norm_drift(window: Window) -> Sign | None:
+    """The level of the norms rises over the window."""
+    norms = window.pre_norm[np.isfinite(window.pre_norm) & (window.pre_norm > 0)]
+    if len(norms) < 500:
+        return None
+    levels = np.log([np.median(part) for part in np.array_split(norms, 5)])
+    back = float(np.minimum(np.diff(levels), 0.0).sum())
+    rise = float(levels[-1] - levels[0]) + 2 * back  # what goes up and down is no drift
+    if rise <= 0:
+        return None
+    low, high = math.exp(float(levels[0])), math.exp(float(levels[-1]))
+    return Sign(
+        "norm_drift", "info", rise / _DRIFT, window.span(),
+        f"the usual norm rose from {low:.3g} to {high:.3g}",
+        "A constant threshold clips more and more of the steps: TargetRatio(cap=…) follows. "
+        "Norms that go on rising come before an explosion: watch the loss.",
+        "Pascanu et al. 2013; Andrew et al. 2021, arXiv 1905.03871", {"from": low, "to": high},
+    )  # fmt: skip
+
+
+RULES: tuple[Rule, ...] = (
+    loss_spikes,
+    oscillating_loss,
+    no_convergence,
+    exploding_gradients,
+    exploding_weights,
+    norm_drift,
+)

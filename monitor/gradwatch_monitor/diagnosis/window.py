@@ -1,0 +1,104 @@
+"""What the rules look at: the last steps of a run, how it began, its layers and its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+__all__ = ["Array", "Flags", "LayerSamples", "Rule", "Sign", "Window"]
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
+Severity = Literal["critical", "warning", "info"]
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerSamples:
+    """Sampled norms of all parameters: a row a sample, a column a parameter; NaN where absent."""
+
+    step: Array
+    names: Sequence[str]
+    grad_norm: Array
+    weight_norm: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """The last steps of a run, one entry a step in order; NaN where absent."""
+
+    step: Array
+    loss: Array
+    pre_norm: Array
+    post_norm: Array
+    threshold: Array
+    loss_scale: Array
+    clipped: Flags
+    nonfinite: Flags
+    nonfinite_loss: Flags
+    skipped: Flags
+    first_losses: Array  # of the run's first steps
+    first_norms: Array
+    layers: LayerSamples | None = None
+    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """How many steps it holds."""
+        return len(self.step)
+
+    def last(self, count: int) -> Window:
+        """The same, of the last steps alone."""
+        kept = {
+            f.name: getattr(self, f.name)[-count:]
+            for f in dataclasses.fields(self)
+            if f.name in _A_STEP
+        }
+        return dataclasses.replace(self, **kept)
+
+    @property
+    def optimizer(self) -> str:
+        """The optimizer's class."""
+        return str(self.settings.get("optimizer", ""))
+
+    @property
+    def policy(self) -> Mapping[str, Any]:
+        """The policy's name and arguments; empty where there are several."""
+        policies = self.settings.get("policies", [])
+        return policies[0] if len(policies) == 1 else {}
+
+    @property
+    def constant(self) -> float:
+        """The threshold in force at the end; NaN where there is no single one."""
+        known = self.threshold[np.isfinite(self.threshold)]
+        return float(known[-1]) if len(known) else math.nan
+
+    def span(self, where: Flags | None = None) -> tuple[int, int]:
+        """The first and the last step, of those where it is so."""
+        steps = self.step if where is None else self.step[where]
+        return int(steps[0]), int(steps[-1])
+
+
+_A_STEP = {
+    "step", "loss", "pre_norm", "post_norm", "threshold", "loss_scale", "clipped", "nonfinite",
+    "nonfinite_loss", "skipped",
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Sign:
+    """What a rule saw. A finding opens at a `strength` of 1 and stays open down to 0.7."""
+
+    finding: str
+    severity: Severity
+    strength: float
+    steps: tuple[int, int]
+    message: str
+    advice: str
+    source: str
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Rule = Callable[[Window], Sign | None]

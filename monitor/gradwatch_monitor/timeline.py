@@ -1,0 +1,341 @@
+"""Queries on a run's visible timeline: its steps, and of a long run the summaries of its blocks.
+
+The last 20,000 steps are read as they are, what lies before as blocks of a thousand. A block
+without a summary, or one that a later attempt cuts, is summarised here, from its records.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import numpy as np
+import sqlalchemy as sa
+
+from gradwatch import schema
+from gradwatch.schema import step_records, step_summaries
+from gradwatch.sinks import blocks
+from gradwatch.sinks.rows import Stored
+from gradwatch.summaries import BLOCK, Histograms, decode
+from gradwatch_monitor.rows import Summary
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+__all__ = [
+    "RECENT",
+    "STEP_COLUMNS",
+    "Blocks",
+    "columns",
+    "first_step",
+    "last_step",
+    "read",
+    "summary",
+]
+
+Columns = dict[str, np.ndarray[Any, Any]]
+
+RECENT = 20_000  # steps that are read as they are
+STEP_COLUMNS = tuple(c.name for c in step_records.columns if c.name not in {"run_id", "attempt"})
+_END = 2**63 - 1
+_FLAGS = {"clipped", "nonfinite", "nonfinite_loss", "skipped"}
+_COUNTS = {"steps", "finite", "zeros", "amp_overflows", "first_step", "last_step", *_FLAGS}
+_KEY = ("attempt", "block")
+_NUMBERS = tuple(c.name for c in step_summaries.columns if c.name not in {"run_id", "norms", *_KEY})
+_ALWAYS = ("first_step", "last_step", "steps")
+_COUNTED = (
+    "clipped",
+    "nonfinite",
+    "skipped",
+    "amp_overflows",
+    "last_time",
+    "loss",
+    "pre_norm",
+    "threshold",
+)
+_TOGETHER = 100  # blocks that are summarised at a time
+_steps = sa.table("steps", *(sa.column(c.name, c.type) for c in step_records.columns))
+
+
+class Blocks(NamedTuple):
+    """Summarised blocks in the order of their steps: arrays by the columns of `step_summaries`."""
+
+    columns: Mapping[str, np.ndarray[Any, Any]]
+    histograms: Histograms
+
+    @classmethod
+    def none(cls) -> Self:
+        """No blocks at all."""
+        return cls({name: np.empty(0, _block_dtype(name)) for name in _NUMBERS}, decode([]))
+
+    def column(self, name: str) -> np.ndarray[Any, Any]:
+        """One of them."""
+        return self.columns[name]
+
+    @property
+    def steps(self) -> int:
+        """How many steps they have together."""
+        return int(self.columns["steps"].sum())
+
+
+class _Part(NamedTuple):
+    """The steps of an attempt that show: [start, stop)."""
+
+    attempt: int
+    start: int
+    stop: int
+
+
+def columns(
+    connection: sa.Connection,
+    run_id: int,
+    names: Sequence[str],
+    start: int | None = None,
+    stop: int | None = None,
+) -> Columns:
+    """Columns of the visible steps in [start, stop), by step; NaN where a value is absent.
+
+    Part by part: asked of the view, SQLite would go by its upper bound and not by `stop`.
+    """
+    r = step_records.c
+    rows: list[Any] = []
+    for part in _parts(connection, run_id):
+        query = (
+            sa.select(*(r[name] for name in names))
+            .where(r.run_id == run_id, r.attempt == part.attempt)
+            .where(r.step < (part.stop if stop is None else min(stop, part.stop)))
+            .order_by(r.step)
+        )
+        if start is not None:
+            query = query.where(r.step >= start)
+        sql = query.compile(connection, compile_kwargs={"literal_binds": True})
+        rows += connection.exec_driver_sql(str(sql)).fetchall()
+    values = list(zip(*rows, strict=True)) if rows else [()] * len(names)
+    return {
+        name: np.array(column, dtype=_dtype(name))
+        for name, column in zip(names, values, strict=True)
+    }
+
+
+def read(
+    connection: sa.Connection,
+    run_id: int,
+    names: Sequence[str],
+    recent: int = RECENT,
+    of_blocks: Sequence[str] | None = None,
+) -> tuple[Blocks, Columns]:
+    """The run but for some `recent` steps as blocks, and these steps as `columns` gives them.
+
+    `of_blocks`: the columns of the blocks, all by default; what orders and counts them is there
+    in any case.
+    """
+    parts = _parts(connection, run_id)
+    edge = _edge(connection, run_id, parts, recent)
+    old = _blocks(connection, run_id, parts, edge, of_blocks)
+    return old, columns(connection, run_id, names, edge)
+
+
+def summary(connection: sa.Connection, run_id: int) -> Summary:
+    """Counts and last values of a run."""
+    parts = _parts(connection, run_id)
+    edge = _edge(connection, run_id, parts, RECENT)
+    old = _blocks(connection, run_id, parts, edge, _COUNTED, norms=False)
+    s = _steps.c
+    overflow = sa.and_(s.skipped, sa.not_(s.nonfinite), s.pre_norm.is_(None))
+    counts = {
+        "steps": sa.func.count(),
+        "clipped": _count(s.clipped),
+        "nonfinite": _count(s.nonfinite),
+        "skipped": _count(s.skipped),
+        "amp_overflows": _count(sa.and_(overflow, s.loss_scale.is_not(None))),
+    }
+    found = connection.execute(
+        sa.select(*(count.label(name) for name, count in counts.items())).where(
+            s.run_id == run_id, s.step >= edge
+        )
+    ).one()
+    total = {name: int(old.column(name).sum()) + found._mapping[name] for name in counts}
+    news = {
+        f"last_{name}": _last(connection, run_id, parts, name, edge)
+        for name in ("step", "time", "loss", "pre_norm", "threshold")
+    }
+    olds = {"last_step": "last_step", "last_time": "last_time", "last_loss": "loss",
+            "last_pre_norm": "pre_norm", "last_threshold": "threshold"}  # fmt: skip
+    for name, column in olds.items():
+        if news[name] is None:
+            news[name] = _last_of(old.column(column))
+    return Summary(**total, **news)
+
+
+def last_step(connection: sa.Connection, run_id: int) -> int | None:
+    """The greatest step of the visible timeline; None before the first."""
+    found = _last(connection, run_id, _parts(connection, run_id), "step")
+    return None if found is None else int(found)
+
+
+def first_step(connection: sa.Connection, run_id: int) -> int | None:
+    """The least step of the visible timeline that is still there; None before the first."""
+    r = step_records.c
+    for part in _parts(connection, run_id):
+        found = connection.execute(
+            sa.select(r.step)
+            .where(r.run_id == run_id, r.attempt == part.attempt, r.step < part.stop)
+            .order_by(r.step)
+            .limit(1)
+        ).scalar()
+        if found is not None:
+            return int(found)
+    return None
+
+
+# -- parts of the timeline -------------------------------------------------------------------------
+
+
+def _parts(connection: sa.Connection, run_id: int) -> list[_Part]:
+    """The visible parts, in the order of their steps."""
+    a = schema.attempts.c
+    query = sa.select(a.attempt, a.start_step).where(a.run_id == run_id)
+    parts, stop = [], _END
+    for attempt, start in connection.execute(query.order_by(a.position.desc())).all():
+        parts.append(_Part(attempt, start, stop))
+        stop = min(stop, start)
+    return parts[::-1]
+
+
+def _last(
+    connection: sa.Connection, run_id: int, parts: list[_Part], name: str, edge: int = 0
+) -> Any:
+    """The last value of a column that is not NULL, not before the step `edge`; None without one.
+
+    From the visible part of the latest attempt back: the view would read the whole run.
+    """
+    r = step_records.c
+    for part in reversed(parts):
+        query = (
+            sa.select(r[name])
+            .where(r.run_id == run_id, r.attempt == part.attempt, r.step < part.stop)
+            .where(r.step >= edge, r[name].is_not(None))
+            .order_by(r.step.desc())
+            .limit(1)
+        )
+        found = connection.execute(query).scalar()
+        if found is not None:
+            return found
+    return None
+
+
+def _edge(connection: sa.Connection, run_id: int, parts: list[_Part], recent: int) -> int:
+    """The step from which on steps are read as they are: that of a block, or 0."""
+    last = _last(connection, run_id, parts, "step")
+    if last is None:  # nothing is left but summaries
+        return _END // BLOCK * BLOCK
+    edge = max(0, int(last + 1 - recent) // BLOCK * BLOCK)
+    r, s = step_records.c, step_summaries.c
+    for part in parts:
+        first = connection.execute(
+            sa.select(r.step)
+            .where(r.run_id == run_id, r.attempt == part.attempt, r.step >= edge)
+            .order_by(r.step)
+            .limit(1)
+        ).scalar()
+        pruned = connection.execute(  # after the edge, but only the summary is left
+            sa.select(s.block)
+            .where(s.run_id == run_id, s.attempt == part.attempt, s.block >= edge // BLOCK)
+            .where(s.last_step < part.stop, s.first_step < (_END if first is None else first))
+            .order_by(s.block.desc())
+            .limit(1)
+        ).scalar()
+        edge = edge if pruned is None else (pruned + 1) * BLOCK
+    return edge
+
+
+# -- blocks ----------------------------------------------------------------------------------------
+
+
+def _blocks(
+    connection: sa.Connection,
+    run_id: int,
+    parts: list[_Part],
+    edge: int,
+    wanted: Sequence[str] | None = None,
+    *,
+    norms: bool = True,
+) -> Blocks:
+    """What shows before the step `edge`, a multiple of a block's length, by blocks."""
+    if edge == 0:
+        return Blocks.none()
+    table = step_summaries.c
+    numbers = _NUMBERS if wanted is None else tuple(dict.fromkeys([*_ALWAYS, *wanted]))
+    names = (*_KEY, *numbers, *(["norms"] if norms else []))
+    query = sa.select(*(table[name] for name in names)).where(
+        table.run_id == run_id, table.block < edge // BLOCK
+    )
+    sql = query.compile(connection, compile_kwargs={"literal_binds": True})
+    found = connection.exec_driver_sql(str(sql)).fetchall()
+    values = dict(zip(names, zip(*found, strict=True) if found else [()] * len(names), strict=True))
+    attempt, block, last = (np.array(values[n], np.int64) for n in (*_KEY, "last_step"))
+    stops = {part.attempt: part.stop for part in parts}
+    whole = last < np.array([stops.get(one, 0) for one in values["attempt"]], np.int64)
+    missing = [
+        row
+        for part in parts
+        for row in _summarised(
+            connection, run_id, part, block[whole & (attempt == part.attempt)], edge
+        )
+    ]
+    columns = {
+        name: np.concatenate(
+            [
+                np.array(values[name], _block_dtype(name))[whole],
+                np.array([row[name] for row in missing], _block_dtype(name)),
+            ]
+        )
+        for name in numbers
+    }
+    order = np.argsort(columns["first_step"], kind="stable")
+    blobs = [b for b, kept in zip(values["norms"], whole, strict=True) if kept] if norms else []
+    blobs += [row["norms"] for row in missing] if norms else []
+    return Blocks(
+        {name: column[order] for name, column in columns.items()},
+        decode([blobs[i] for i in order] if norms else []),
+    )
+
+
+def _summarised(
+    connection: sa.Connection, run_id: int, part: _Part, have: np.ndarray[Any, Any], edge: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of the blocks of a part that are not among those we `have`, from its records."""
+    stored = Stored(run_id, part.attempt)
+    r = step_records.c
+    within = sa.select(r.step).where(
+        r.run_id == run_id, r.attempt == part.attempt, r.step < min(part.stop, edge)
+    )
+    first = connection.execute(within.order_by(r.step).limit(1)).scalar()
+    if first is None:
+        return
+    last = connection.execute(within.order_by(r.step.desc()).limit(1)).scalar_one()
+    wanted = np.setdiff1d(np.arange(first // BLOCK, last // BLOCK + 1), have)
+    for row in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1):
+        for together in np.split(row, range(_TOGETHER, len(row), _TOGETHER)):
+            if len(together):
+                start, stop = int(together[0]) * BLOCK, (int(together[-1]) + 1) * BLOCK
+                records = blocks.records_of(connection, stored, start, min(stop, part.stop))
+                yield from blocks.rows_of(records)
+
+
+def _last_of(values: np.ndarray[Any, Any]) -> Any:
+    there = values[np.isfinite(values)]
+    return there[-1].item() if len(there) else None
+
+
+def _block_dtype(name: str) -> type:
+    return np.int64 if name in _COUNTS else np.float64
+
+
+def _count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
+    return sa.func.coalesce(sa.func.sum(sa.case((condition, 1), else_=0)), 0)
+
+
+def _dtype(name: str) -> type:
+    if name == "step":
+        return np.int64
+    return np.bool_ if name in _FLAGS else np.float64

@@ -1,0 +1,101 @@
+"""What the monitor knows of the live runs: findings and recommendations, on record and exported."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import time
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from gradwatch import metrics
+from gradwatch.errors import RunNotFoundError
+from gradwatch_monitor.diagnose import OF_THE_AGENT, diagnose
+from gradwatch_monitor.recommend import recommend
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from gradwatch_monitor.recommend import Recommendation
+    from gradwatch_monitor.rows import Run
+    from gradwatch_monitor.store import Store
+
+__all__ = ["Watch"]
+
+SELDOM = 60.0  # seconds between two recommendations of a run
+
+
+@dataclasses.dataclass
+class _Watched:
+    """One live run, as it was at the last look."""
+
+    run: Run
+    last_step: int | None = None
+    active: dict[str, bool] = dataclasses.field(default_factory=dict)  # finding → whether it holds
+    recommendation: Recommendation | None = None
+    recommended_at: float = -math.inf
+
+
+class Watch(Collector):
+    """Looks at the live runs of a store, round by round, and once more at one that has ended."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._watched: dict[int, _Watched] = {}
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def look(self, store: Store) -> None:
+        """Diagnose the runs that went on, and keep in the store what is found."""
+        live = {run.id: run for run in store.runs(status="running") if run.is_live()}
+        for run_id, run in live.items():
+            self._watched.setdefault(run_id, _Watched(run)).run = run
+        for run_id, watched in list(self._watched.items()):
+            with contextlib.suppress(RunNotFoundError):  # pruned meanwhile
+                self._look_at(store, watched)
+            if run_id not in live:
+                del self._watched[run_id]
+
+    def _look_at(self, store: Store, watched: _Watched) -> None:
+        run_id, last_step = watched.run.id, store.last_step(watched.run.id)
+        if last_step is None or last_step == watched.last_step:
+            return
+        new = watched.last_step is None
+        watched.last_step = last_step
+        found = diagnose(store, run_id)
+        if new or found or any(watched.active.values()):
+            store.note_findings(run_id, found, keep=OF_THE_AGENT)
+        watched.active = dict.fromkeys(watched.active, False) | {f.finding: True for f in found}
+        if self._clock() - watched.recommended_at >= SELDOM:
+            watched.recommended_at = self._clock()
+            watched.recommendation = recommend(store, run_id)
+            store.note_recommendation(run_id, last_step, watched.recommendation)
+
+    def exposition(self) -> bytes:
+        """The gauges of `gradwatch.metrics.MONITOR`, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """One family a name, one sample a live run."""
+        families = {
+            metric.name: GaugeMetricFamily(
+                metric.name, metric.meaning, labels=("run", *metric.labels)
+            )
+            for metric in metrics.MONITOR
+        }
+        for watched in list(self._watched.values()):
+            name = watched.run.name
+            made = watched.recommendation
+            if made is not None and made.threshold is not None and math.isfinite(made.threshold):
+                families["gradwatch_recommended_threshold"].add_metric([name], made.threshold)
+            if made is not None and made.predicted_clip_ratio is not None:
+                families["gradwatch_predicted_clip_ratio"].add_metric(
+                    [name], made.predicted_clip_ratio
+                )
+            for finding, active in sorted(watched.active.items()):
+                families["gradwatch_finding_active"].add_metric([name, finding], float(active))
+        yield from families.values()

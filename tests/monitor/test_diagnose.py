@@ -1,0 +1,226 @@
+"""Diagnosis: loops that go wrong in a known way are told so, and those that do not are left alone."""
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.amp import GradScaler
+
+import gradwatch
+from gradwatch_monitor import Store, diagnose
+from gradwatch_monitor.diagnose import OF_THE_AGENT, signs, window_of
+from gradwatch_monitor.diagnosis import Window
+
+STEPS = 300
+
+
+def perceptron(depth=2, activation=nn.ReLU, width=32):
+    layers = [nn.Flatten(), nn.Linear(64, width), activation()]
+    for _ in range(depth - 1):
+        layers += [nn.Linear(width, width), activation()]
+    return nn.Sequential(*layers, nn.Linear(width, 10))
+
+
+def train(seed, model=None, lr=0.1, clip=None, *, scaler=None, each=lambda model, step, loss: loss):
+    """A perceptron on the digits, watched; `each` may spoil a step's loss."""
+    torch.manual_seed(seed)
+    digits = load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32) / 16
+    y = torch.tensor(digits.target)
+    model = model or perceptron()
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    agent = gradwatch.Agent(
+        optimizer,
+        model=model,
+        clip=clip or gradwatch.ClipNorm(5.0),
+        run="job",
+        metrics_port=None,
+        scaler=scaler,
+        settings=gradwatch.Settings(layer_norms_every=20),
+    )
+    for step in range(STEPS):
+        rows = torch.randint(0, len(x), (32,))
+        loss = each(model, step, nn.functional.cross_entropy(model(x[rows]), y[rows]))
+        optimizer.zero_grad()
+        if scaler is None:
+            loss.backward()
+        else:
+            scaler.scale(loss).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # and no unscale_ before it
+        agent.log(loss=loss)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+    agent.close()
+
+
+def found():
+    with Store("gradwatch.db") as store:
+        return {finding.finding: finding for finding in diagnose(store, store.run("job").id)}
+
+
+def nan_loss(model, step, loss):
+    return loss * math.nan if step == 250 else loss
+
+
+def nan_gradient(model, step, loss):
+    if step == 250:
+        model[1].weight.register_hook(lambda grad: grad * math.nan)
+    return loss
+
+
+def dead_batch(model, step, loss):
+    return loss * 0.0 if step % 50 == 49 else loss
+
+
+LOOPS = {
+    "nonfinite_loss": {"each": nan_loss},
+    "nonfinite_gradient": {"each": nan_gradient},
+    "dead_gradient": {"each": dead_batch},
+    "no_convergence": {"lr": 3.0, "clip": gradwatch.ClipNorm(1.0)},
+    "clipping_every_step": {"clip": gradwatch.ClipNorm(0.01)},
+    "clipping_most_steps": {"clip": gradwatch.ClipNorm(0.5), "lr": 0.05},
+    "value_taken_for_a_norm": {"clip": gradwatch.ClipValue(1.0), "lr": 0.01},
+}
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("finding", LOOPS)
+def test_a_loop_that_goes_wrong_is_told_so(finding, seed):
+    """What is wrong is named, with the steps, the numbers, what to do and the source."""
+    train(seed, **LOOPS[finding])
+    told = found()
+    assert finding in told
+    said = told[finding]
+    assert 0 <= said.first_step <= said.last_step < STEPS
+    assert any(character.isdigit() for character in said.message)
+    assert said.advice
+    assert said.data["source"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradients_that_vanish_on_their_way_back(seed):
+    """Twelve sigmoid layers: the first learns next to nothing."""
+    torch.manual_seed(seed)
+    train(seed, perceptron(depth=12, activation=nn.Sigmoid), lr=0.01)
+    assert found()["vanishing_gradients"].data["parameter"].split(".")[0] in {"1", "3"}
+
+
+def test_clipping_before_unscaling():
+    """`clip_grad_norm_` on gradients that still carry the loss scale."""
+    train(0, scaler=GradScaler("cpu", init_scale=1024.0), clip=gradwatch.ClipNorm(5.0))
+    assert found()["not_unscaled"].severity == "critical"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("lr", [0.01, 0.1])
+def test_a_healthy_loop_is_left_alone(seed, lr):
+    """Nothing at all is found, at any length of it."""
+    train(seed, lr=lr)
+    with Store("gradwatch.db") as store:
+        window = window_of(store, 1)
+    assert window.layers is not None
+    for length in range(50, STEPS + 1, 50):
+        cut = {
+            f.name: getattr(window, f.name)[:length]
+            for f in dataclasses.fields(Window)
+            if f.name not in {"layers", "settings"}
+        }
+        sampled = int((window.layers.step < length).sum())
+        layers = dataclasses.replace(
+            window.layers,
+            **{
+                name: getattr(window.layers, name)[:sampled]
+                for name in ("step", "grad_norm", "weight_norm")
+            },
+        )
+        assert signs(dataclasses.replace(window, layers=layers, **cut)) == []
+
+
+def window(loss, norms=None, **facts):
+    """A window made of losses alone."""
+    count = len(loss)
+    no = np.zeros(count, dtype=bool)
+    nan = np.full(count, math.nan)
+    values = {
+        "step": np.arange(float(count)), "loss": loss, "pre_norm": np.ones(count),
+        "post_norm": np.ones(count), "threshold": nan, "loss_scale": nan, "clipped": no,
+        "nonfinite": no, "nonfinite_loss": no, "skipped": no, "first_losses": loss[:200],
+        "first_norms": np.ones(min(count, 200)), **facts,
+    }  # fmt: skip
+    if norms is not None:
+        values |= {"pre_norm": norms, "first_norms": norms[:200]}
+    return Window(**values)
+
+
+def test_a_loss_that_leaps_and_one_that_flickers():
+    """Leaps to half of the start count, those of a converged run do not."""
+    noise = 1 + 0.05 * np.random.default_rng(0).normal(size=600)
+    leaps = noise.copy()
+    leaps[[200, 300, 400]] *= 5
+    assert [s.finding for s in signs(window(leaps))] == ["loss_spikes"]
+    flicker = leaps * 0.01
+    assert signs(dataclasses.replace(window(flicker), first_losses=noise[:200])) == []
+    never = window(leaps, threshold=np.full(600, 10.0))
+    assert {s.finding for s in signs(never)} == {"loss_spikes", "threshold_never_reached"}
+
+
+def test_a_loss_that_swings_and_one_that_is_noisy():
+    """Steps that overshoot turn back each time; independent noise does so less."""
+    generator = np.random.default_rng(0)
+    noisy = np.exp(0.3 * generator.normal(size=300))
+    assert signs(window(noisy)) == []
+    swings = 1 + 0.4 * np.where(np.arange(300) % 2, 1.0, -1.0) + 0.02 * generator.normal(size=300)
+    assert [s.finding for s in signs(window(swings))] == ["oscillating_loss"]
+
+
+def test_what_was_found_does_not_flicker_and_ends_with_its_cause():
+    """Open at a strength of 1, closed under 0.7; in between it stays as it was."""
+    shares = np.r_[np.linspace(0.1, 0.9, 60), np.linspace(0.9, 0.1, 60)]
+    open_, changes = set(), 0
+    generator = np.random.default_rng(0)
+    for share in shares:
+        clipped = generator.random(500) < share
+        now = window(np.ones(500), threshold=np.full(500, 1.0), clipped=clipped)
+        after = {s.finding for s in signs(now, open_)}
+        changes += after != open_
+        open_ = after
+    assert (open_, changes) == (set(), 2)
+
+
+def test_the_monitor_keeps_findings_and_ends_them():
+    """In the store, first seen when; ended when gone; the agent's own are left to it."""
+    train(0, clip=gradwatch.ClipNorm(0.01))
+    with Store("gradwatch.db") as store:
+        first = diagnose(store, 1)
+        store.note_findings(1, first, keep=OF_THE_AGENT)
+        (kept,) = [f for f in store.findings(1) if f.finding == "clipping_every_step"]
+        assert kept.ended_at is None
+        again = diagnose(store, 1)
+        assert [f.found_at for f in again] == [f.found_at for f in first]
+        store.note_findings(1, again, keep=OF_THE_AGENT)
+        store.note_findings(1, [], keep=OF_THE_AGENT)
+        assert all(f.ended_at is not None for f in store.findings(1))
+        assert len(store.findings(1)) == len(first)
+
+
+def test_the_verb(capsys):
+    """`gradwatch diagnose`: exit status 1 on a finding, the same as JSON."""
+    train(0, clip=gradwatch.ClipNorm(0.01))
+    verb = [sys.executable, "-m", "gradwatch_dashboards.cli"]
+    run = subprocess.run(
+        [sys.executable, "-c", "from gradwatch_dashboards.cli import main; main()",
+         "diagnose", "job", "--json"], capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 1, (verb, run.stderr)
+    told = {finding["finding"] for finding in json.loads(run.stdout)}
+    assert "clipping_every_step" in told

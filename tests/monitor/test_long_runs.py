@@ -1,0 +1,417 @@
+"""Runs longer than what is read step by step: what their summaries say equals the steps themselves."""
+
+import itertools
+import math
+import sqlite3
+
+import kills
+import numpy as np
+import pytest
+import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from gradwatch import schema, summaries
+from gradwatch.recorder import FLAGS, STEP_DTYPE
+from gradwatch.records import Batch
+from gradwatch.recovery import recover
+from gradwatch.sinks.database import DatabaseSink
+from gradwatch.testing import run_info
+from gradwatch_monitor import Store, copying, integrity, recommend, retention, views
+from gradwatch_monitor.history import COLUMNS, History
+
+DAY = 86_400
+NOW = 1_700_000_000.0
+NUMBERS = ("loss", "pre_norm", "post_norm", "threshold", "loss_scale")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def new_store(request, tmp_path):
+    """Makes URLs of new stores, of either kind."""
+    if request.param == "postgres":
+        return request.getfixturevalue("postgres_server").new_database
+    names = itertools.count()
+    return lambda: f"sqlite:///{tmp_path}/{next(names)}.db"
+
+
+def records(start, count, seed=0, odd=0.02):
+    """Steps of which some are NaN, inf, 0 or huge."""
+    pick = np.random.default_rng(seed)
+    steps = np.zeros(count, STEP_DTYPE)
+    steps["step"], steps["time"] = np.arange(start, start + count), NOW + np.arange(count)
+    for name in NUMBERS:
+        steps[name] = pick.lognormal(0, 0.5, count)
+        for value in (math.nan, math.inf, 0.0, 1e100):
+            steps[name][pick.random(count) < odd] = value
+    steps["threshold"] = np.where(np.isfinite(steps["threshold"]), 1.0, math.nan)
+    steps["flags"] = pick.choice([0, 0, 0, *vars_of_flags()], count)
+    return steps
+
+
+def vars_of_flags():
+    return [FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED]
+
+
+class Job:
+    """An attempt as the worker stores it: batches and a cursor."""
+
+    def __init__(self, url, ring, start, **info):
+        self.sink = DatabaseSink(url, lambda: NOW)
+        self.run = self.sink.open(run_info(ring=ring, uid="u", start_step=start, **info))
+        self.at = 0
+
+    def write(self, steps, passed=None):
+        """Store some; `passed` are how many the cursor moves, where some were lost."""
+        end = self.at + (len(steps) if passed is None else passed)
+        batch = Batch(steps, (), (), (), (self.at, 0), (end, 0), {})
+        self.sink.write(self.run, batch)
+        self.at = end
+
+    def end(self, status="finished"):
+        self.sink.close(self.run, status)
+
+
+def write(url, steps, ring="ring", every=20_000):
+    """A whole run."""
+    job = Job(url, ring, int(steps["step"][0]))
+    for part in np.split(steps, range(every, len(steps), every)):
+        job.write(part)
+    job.end()
+
+
+def summed_up(url):
+    """All rows of `step_summaries`, by attempt and block."""
+    engine = sa.create_engine(url)
+    with engine.connect() as connection:
+        rows = connection.execute(sa.select(schema.step_summaries)).mappings().all()
+    engine.dispose()
+    return {(row["attempt"], row["block"]): dict(row) for row in rows}
+
+
+def counted(url):
+    """The same from the database's own aggregates over the steps; blocks that go on left out."""
+    block = "(step - step % 1000) / 1000"
+    flags = {name: f"sum(CASE WHEN {name} THEN 1 ELSE 0 END)"
+             for name in ("clipped", "nonfinite", "nonfinite_loss", "skipped")}  # fmt: skip
+    overflow = "skipped AND NOT nonfinite AND pre_norm IS NULL AND loss_scale IS NOT NULL"
+    told = {
+        "first_step": "min(step)", "last_step": "max(step)", "last_time": "max(time)",
+        "steps": "count(*)", "finite": "count(pre_norm)",
+        "zeros": "sum(CASE WHEN pre_norm = 0 THEN 1 ELSE 0 END)", **flags,
+        "amp_overflows": f"sum(CASE WHEN {overflow} THEN 1 ELSE 0 END)",
+        "pre_norm_min": "min(CASE WHEN pre_norm > 0 THEN pre_norm END)",
+        "post_norm_min": "min(CASE WHEN post_norm > 0 THEN post_norm END)",
+        "pre_norm_max": "max(pre_norm)", "post_norm_max": "max(post_norm)",
+        "threshold_min": "min(threshold)", "threshold_max": "max(threshold)",
+        "loss_min": "min(loss)", "loss_mean": "avg(loss)", "loss_max": "max(loss)",
+    }  # fmt: skip
+    engine = sa.create_engine(url)
+    with engine.connect() as connection:
+        query = (
+            f"SELECT attempt, {block}, {', '.join(told.values())} FROM step_records GROUP BY 1, 2"
+        )
+        found = connection.execute(sa.text(query)).fetchall()
+        ends = dict(
+            connection.exec_driver_sql(
+                "SELECT attempt, max(step) FROM step_records GROUP BY attempt"
+            ).fetchall()
+        )
+        norms = connection.exec_driver_sql(
+            "SELECT attempt, step, pre_norm FROM step_records WHERE pre_norm > 0 ORDER BY step"
+        ).fetchall()
+    engine.dispose()
+    rows = {}
+    for attempt, number, *values in found:
+        if (number + 1) * 1000 <= ends[attempt] + 1:
+            rows[attempt, number] = dict(zip(told, values, strict=True))
+            mine = [n for a, step, n in norms if a == attempt and step // 1000 == number]
+            rows[attempt, number]["norms"] = summaries.encode(np.array(mine))
+    return rows
+
+
+def check(url):
+    """Rows for exactly the blocks that are complete, saying what SQL says."""
+    made, asked = summed_up(url), counted(url)
+    assert made.keys() == asked.keys()
+    for key, expected in asked.items():
+        told = {name: made[key][name] for name in expected}
+        assert told.pop("norms") == expected.pop("norms")
+        assert told == pytest.approx(expected, rel=1e-9)
+    return made
+
+
+attempts = st.lists(
+    st.tuples(
+        st.integers(0, 2500),  # how far before the end of the last one it begins
+        st.integers(1, 3200),  # steps
+        st.lists(st.integers(1, 3000), max_size=6),  # cuts between batches
+        st.sampled_from(["ends", "is killed", "loses some"]),
+    ),
+    min_size=1,
+    max_size=3,
+)
+
+
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(attempts, st.integers(0, 99))
+def test_a_row_is_what_the_table_says(new_store, told, seed):
+    """Whatever the batches, resumes, losses and kills: the same as made from the steps."""
+    url, at = new_store(), 0
+    for number, (back, count, cuts, fate) in enumerate(told):
+        start = max(0, at - back)
+        steps = records(start, count, seed + number)
+        parts = np.split(steps, sorted({cut for cut in cuts if cut < count}))
+        job = Job(url, f"ring-{number}", start)
+        for i, part in enumerate(parts):
+            if fate == "loses some" and i == len(parts) // 2:
+                job.write(part[len(part) // 2 :], passed=len(part))
+                continue
+            job.write(part)
+            if fate == "is killed" and i == len(parts) // 2:
+                job.sink.dispose()
+                before, job = job.at, Job(url, f"ring-{number}", start, recovered=True)
+                job.at = before  # as the database says: what follows is the recoverer's
+        job.end("crashed" if fate == "is killed" else "finished")
+        at = start + count
+    check(url)
+    assert [p for p in integrity.check(url) if p.kind != "missing"] == []
+
+
+def test_killed_jobs_are_summed_up_by_who_recovers_them():
+    """Killed at full speed, some blocks stored and some not; then `recover`."""
+    with kills.Factory("gradwatch.db") as factory:
+        for number, count in enumerate((1500, 3700, 900)):
+            factory.start_and_kill(number, lambda seen, count=count: seen >= count)
+    recover("sqlite:///gradwatch.db")
+    with sqlite3.connect("gradwatch.db") as connection:
+        found = connection.execute(
+            "SELECT run_id, step / 1000, count(*), sum(clipped), max(pre_norm), max(loss) "
+            "FROM step_records r GROUP BY 1, 2 HAVING max(step) % 1000 = 999 ORDER BY 1, 2"
+        ).fetchall()
+        assert len(found) >= 4
+        assert found == connection.execute(
+            "SELECT run_id, block, steps, clipped, pre_norm_max, loss_max FROM step_summaries "
+            "ORDER BY 1, 2"
+        ).fetchall()  # fmt: skip
+
+
+LONG = 43_210
+
+
+@pytest.fixture
+def long(new_store):
+    """The URL of a run of 43,210 steps with a gap, and a resume in the middle of a block."""
+    url = new_store()
+    steps = records(0, LONG, odd=0.001)
+    first = Job(url, "ring-1", 0)
+    first.write(steps[:4000])
+    first.write(steps[5000:9900], passed=5900)  # a whole block was lost
+    first.end()
+    second = Job(url, "ring-2", 7700)
+    for part in np.split(steps[7700:], [900, 20_000]):
+        second.write(part)
+    second.end()
+    return url
+
+
+def agrees(url):
+    """What is told of the long run, against numpy on each of its steps."""
+    with Store(url) as store:
+        frame = store.steps(1)
+        told = store.summary(1)
+        history = History.of(store, 1)
+        timeline = views.Timeline(1)
+        timeline.refresh(store)
+    assert len(frame) == LONG - 1000
+    assert told.steps == history.steps == len(timeline) == len(frame)
+    assert (told.clipped, told.nonfinite, told.skipped) == tuple(
+        frame[name].sum() for name in ("clipped", "nonfinite", "skipped")
+    )
+    overflow = frame.skipped & ~frame.nonfinite & frame.pre_norm.isna() & frame.loss_scale.notna()
+    assert told.amp_overflows == overflow.sum()
+    assert told.last_step == LONG - 1
+    for name in ("time", "loss", "pre_norm", "threshold"):
+        assert getattr(told, f"last_{name}") == frame[name].dropna().iloc[-1]
+    norms = frame.pre_norm[frame.pre_norm > 0].to_numpy()
+    for q in (0.0, 0.01, 0.5, 0.8, 0.99, 1.0):
+        assert history.quantile(q) == pytest.approx(np.quantile(norms, q), rel=0.008)
+    for threshold in (0.3, 1.0, 2.2):
+        low, high = ((norms > threshold * factor).mean() for factor in (1.016, 1 / 1.016))
+        assert low <= history.ratio(threshold) <= high
+    curve = views.what_if_curve(timeline)
+    assert curve.clip_ratio.tolist() == [history.ratio(t) for t in curve.threshold]
+    for windows in (history.windows(8, 0.2), history.windows(3)):
+        assert sum(window.steps for window in windows) in {
+            len(frame), history.since(0.2).steps
+        }  # fmt: skip
+    assert history.since(0.2).steps == pytest.approx(0.8 * len(frame), abs=1000)
+    recent = frame[frame.step >= 23_000]
+    assert np.array_equal(timeline["step"], recent.step)
+    assert np.array_equal(history.pre_norm, recent.pre_norm, equal_nan=True)
+    return history, frame
+
+
+def test_a_long_run_is_told_as_its_steps_are(long):
+    """Counts and last values exactly, norms within 0.8 %, the last 20,000 steps as they are."""
+    history, frame = agrees(long)
+    assert history.blocks.steps == (frame.step < 23_000).sum()
+    assert np.all(np.diff(history.blocks.column("first_step")) > 0)
+    assert history.per_block["steps"].sum() == len(frame)
+    assert history.per_block["clipped"].sum() == frame.clipped.sum()
+    assert history.weights.sum() == history.since(0.0).count == (frame.pre_norm > 0).sum()
+    assert len(history.values) == len(history.weights) == len(history.block)
+    assert np.all(np.diff(history.block) >= 0)
+    assert history.block[-1] == len(history.per_block["spike"]) - 1
+
+
+def test_without_its_rows_a_block_is_read(long):
+    """Some summaries are gone, then all of them: nothing else is told."""
+    engine = sa.create_engine(long)
+    for where in ("block IN (1, 4, 5, 6, 21)", "1 = 1"):
+        with engine.begin() as connection:
+            connection.exec_driver_sql(f"DELETE FROM step_summaries WHERE {where}")
+        agrees(long)
+    engine.dispose()
+
+
+def test_windows_are_the_levels_of_their_time(new_store):
+    """A run whose norms double in its second half: each window has its own."""
+    url = new_store()
+    steps = records(0, 60_000, odd=0.0)
+    steps["pre_norm"][30_000:] *= 2
+    write(url, steps)
+    with Store(url) as store:
+        history = History.of(store, 1)
+    plain = History(*(steps[name] if name in steps.dtype.names else
+                      steps["flags"] & FLAGS.CLIPPED != 0 for name in COLUMNS))  # fmt: skip
+    for told, exact in zip(history.windows(4), plain.windows(4), strict=True):
+        for q in (0.1, 0.5, 0.9):
+            assert told.quantile(q) == pytest.approx(exact.quantile(q), rel=0.008)
+        assert told.clip_ratio == exact.clip_ratio
+        assert told.spike == pytest.approx(exact.spike, rel=0.2)
+    levels = history.since(0.0).levels(0.5)
+    assert np.median(levels[:25]) * 2 == pytest.approx(np.median(levels[-25:]), rel=0.1)
+    last = np.quantile(steps["pre_norm"][48_000:], 0.8)
+    assert history.quantile(0.8, since=0.8) == pytest.approx(last, rel=0.008)
+
+
+def test_the_verdict_is_that_of_the_steps(new_store):
+    """The recommendation for a long run is the one its exact norms call for."""
+    from gradwatch_monitor.recommend import recommend_from
+
+    url = new_store()
+    steps = records(0, 70_000, odd=0.0)
+    steps["flags"] = np.where(steps["pre_norm"] > 1.0, FLAGS.CLIPPED, 0)
+    write(url, steps)
+    with Store(url) as store:
+        told = recommend(store, 1)
+        columns = store.columns(1, COLUMNS)
+    exact = recommend_from(History(*(columns[name] for name in COLUMNS)))
+    assert told.verdict == exact.verdict
+    assert told.threshold == pytest.approx(exact.threshold, rel=0.01)
+    assert told.current_clip_ratio == exact.current_clip_ratio
+    assert told.predicted_clip_ratio == pytest.approx(exact.predicted_clip_ratio, abs=0.01)
+    assert told.interval == pytest.approx(exact.interval, abs=0.01)
+
+
+def test_charts_of_a_long_run_keep_its_extremes(long):
+    """The greatest norm and loss of all steps are drawn, in few points, by step, no false gap."""
+    with Store(long) as store:
+        frame = store.steps(1)
+        timeline = views.Timeline(1)
+        timeline.refresh(store)
+    norms, losses = views.norms_chart(timeline, 800), views.loss_chart(timeline, 800)
+    assert norms.pre_norm.max() == frame.pre_norm.max()
+    assert losses.loss.max() == frame.loss.max()
+    assert losses.loss.min() == frame.loss.min()
+    ratios = views.clip_ratio(timeline, 100, 800)
+    for chart in (norms, losses, ratios):
+        assert len(chart) < 1800
+        assert np.all(np.diff(chart.step) >= 0)
+    assert ratios.step.iloc[0] == 999
+    assert ratios.clip_ratio.iloc[0] == frame.clipped[:1000].mean()
+    assert timeline.last_step == LONG - 1
+    gaps = norms[norms[["pre_norm", "post_norm", "threshold"]].isna().all(axis=1)]
+    assert [step for step in gaps.step if step < 23_000] == [4000]
+
+
+def test_a_live_timeline_goes_on(new_store):
+    """New steps come one by one, and in time the older ones become blocks."""
+    url = new_store()
+    steps = records(0, 90_000)
+    job, timeline = Job(url, "ring", 0), views.Timeline(1)
+    with Store(url) as store:
+        for start in range(0, len(steps), 15_000):
+            job.write(steps[start : start + 15_000])
+            timeline.refresh(store)
+            assert len(timeline) == start + 15_000
+            assert timeline.last_step == start + 14_999
+            assert len(timeline["step"]) <= 55_000
+    assert timeline.blocks.steps
+    job.end()
+
+
+def test_a_prune_keeps_the_summaries(new_store):
+    """Steps that are too old go, what was told of them stays; with the run its summaries go."""
+    url = new_store()
+    steps = records(0, 30_000)
+    steps["time"] = NOW - np.where(steps["step"] < 12_000, 40 * DAY, 1 * DAY) + steps["step"] / 1e3
+    write(url, steps)
+    retention.prune(url, 30, now=NOW)
+    with Store(url) as store:
+        assert len(store.steps(1)) == 18_000
+        assert store.summary(1).steps == 30_000
+        assert History.of(store, 1).steps == 30_000
+    assert integrity.check(url) == []
+    retention.prune(url, 30, now=NOW + 100 * DAY)
+    assert summed_up(url) == {}
+
+
+def test_a_copy_has_them(new_store):
+    """Row for row, also those of a run that has gone on since, and of steps that were pruned."""
+    source, target = new_store(), new_store()
+    steps = records(0, 5500)
+    job = Job(source, "ring", 0)
+    job.write(steps[:2500])
+    copying.copy(source, target)
+    assert summed_up(target).keys() == {(1, 0), (1, 1)}
+    job.write(steps[2500:])
+    job.end()
+    copying.copy(source, target)
+    assert summed_up(target) == summed_up(source) == check(target)
+
+
+def test_check_finds_rows_that_are_wrong(new_store):
+    """One of fewer steps than there are, and one of a run that is not there."""
+    url = new_store()
+    write(url, records(0, 3000))
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("UPDATE step_summaries SET steps = 990 WHERE block = 1")
+        connection.exec_driver_sql("UPDATE step_summaries SET run_id = 9 WHERE block = 2")
+    engine.dispose()
+    found = integrity.check(url)
+    assert [problem.kind for problem in found] == ["orphan", "summary"]
+    assert "steps 1000 to 1999" in found[1].detail
+
+
+def test_migrating_sums_up_what_is_stored(new_store):
+    """A store of the revision before has after it what the agent would have written."""
+    from gradwatch_monitor.migrations import migrate
+
+    url = new_store()
+    write(url, records(0, 4300), "ring-1")
+    write(url, records(3700, 1500), "ring-2")
+    before = summed_up(url)
+    assert len(before) == 6  # 0 to 3, and 3 and 4 of the second
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE step_summaries")
+        connection.exec_driver_sql("UPDATE gradwatch_revision SET version_num = '0002'")
+    engine.dispose()
+    seen = []
+    assert migrate(url, progress=lambda *of: seen.append(of)) == ("0002", schema.REVISION)
+    assert seen == [(0, 2), (1, 2), (2, 2)]
+    assert summed_up(url) == before
