@@ -95,6 +95,8 @@ def _store(url: str) -> Iterator[Check]:
         yield Check("problem", "store", advice(redact(url), kind))
     if path is not None and (problem := _unwritable(path.parent)):
         yield Check("problem", "store", f"no job can write {path.parent}: {problem}")
+    elif path is not None and (problem := _full(path.parent)):
+        yield Check("problem", "store", problem)
 
 
 def _rings(store: str) -> Iterator[Check]:
@@ -103,8 +105,8 @@ def _rings(store: str) -> Iterator[Check]:
             yield Check("problem", "flight recorder", problem)
         elif problem := _unwritable(folder):
             yield Check("problem", "flight recorder", f"cannot be kept in {folder}: {problem}")
-        elif shutil.disk_usage(_existing(folder)).free < _RING_BYTES:
-            yield Check("problem", "flight recorder", f"the disk of {folder} is full")
+        elif problem := _full(folder):
+            yield Check("problem", "flight recorder", problem)
         else:
             left = len(list(folder.glob("*.ring"))) if folder.is_dir() else 0
             detail = f"{folder}" + (f", {left} of runs that run or were killed" if left else "")
@@ -177,6 +179,14 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
+
+
+def _full(folder: Path) -> str | None:
+    """That there is no space for a flight recorder, or as much of a store, in a folder."""
+    free = shutil.disk_usage(_existing(folder)).free
+    if free >= _RING_BYTES:
+        return None
+    return f"the disk of {folder} is full ({free / 2**20:.1f} MiB free): make some space on it"
 
 
 def _unwritable(folder: Path) -> str | None:

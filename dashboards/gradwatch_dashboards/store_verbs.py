@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
@@ -19,6 +19,10 @@ from gradwatch_dashboards.terminal import (
     store_url,
 )
 
+if TYPE_CHECKING:
+    from gradwatch_monitor.copying import Copied
+    from gradwatch_monitor.retention import Pruned
+
 __all__ = ["app"]
 
 app = typer.Typer(help="Look after a store.", no_args_is_help=True)
@@ -30,8 +34,8 @@ def migrate(store: StoreOption = None, as_json: JsonOption = False) -> None:
     need("alembic", extra="monitor", verb="store migrate")
     from gradwatch_monitor.migrations import migrate as migrate_store  # noqa: PLC0415
 
-    with progress("migrating"):
-        before, after = migrate_store(store_url(store))
+    with progress("migrating") as report:
+        before, after = migrate_store(store_url(store), progress=report)
     if as_json:
         print_json({"before": before, "after": after})
     elif before == after:
@@ -54,12 +58,11 @@ def prune(
     older = retention.days(older_than)
     with progress("pruning") as report:
         pruned = retention.prune(store_url(store), older, progress=report)
-    if as_json:
-        print_json(dataclasses.asdict(pruned))
-        return
-    out.print(
-        f"Removed {pruned.steps:,} steps, {pruned.layer_norms:,} layer norms, {pruned.events:,} "
-        f"events and {pruned.runs:,} runs of which nothing was left."
+    _tell(
+        pruned,
+        f"Removed {_many(pruned.steps, 'step')}, {_many(pruned.layer_norms, 'layer norm')}, "
+        f"{_many(pruned.events, 'event')} and {_many(pruned.runs, 'run')} of which nothing was left.",
+        as_json=as_json,
     )
 
 
@@ -74,12 +77,11 @@ def copy(
 
     with progress("copying") as report:
         copied = copying.copy(source, target, progress=report)
-    if as_json:
-        print_json(dataclasses.asdict(copied))
-        return
-    out.print(
-        f"Copied {copied.runs:,} runs, {copied.steps:,} steps, {copied.layer_norms:,} layer norms "
-        f"and {copied.others:,} events and other rows that were not there yet."
+    _tell(
+        copied,
+        f"Copied what was not there yet: {_many(copied.runs, 'run')}, {_many(copied.steps, 'step')}, "
+        f"{_many(copied.layer_norms, 'layer norm')}, {_many(copied.others, 'other row')}.",
+        as_json=as_json,
     )
 
 
@@ -98,3 +100,14 @@ def check(store: StoreOption = None, as_json: JsonOption = False) -> None:
         out.print(f"{problem.kind}: {escape(problem.detail)}")
     if problems:
         raise typer.Exit(NOT_FOUND)
+
+
+def _tell(done: Pruned | Copied, sentence: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(dataclasses.asdict(done))
+    else:
+        out.print(sentence)
+
+
+def _many(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"

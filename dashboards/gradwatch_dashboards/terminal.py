@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import math
+import os
+import socket
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,22 +18,30 @@ from gradwatch.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from gradwatch_monitor.store import Store
+
 __all__ = [
     "NOT_FOUND",
     "USAGE",
     "JsonOption",
+    "RunArgument",
     "StoreOption",
     "err",
     "need",
+    "number",
+    "open_store",
     "out",
+    "permit",
     "print_json",
     "progress",
     "store_url",
+    "user",
 ]
 
 NOT_FOUND = 1  # also: there is a finding
 USAGE = 2
 
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, uid or id.")]
 StoreOption = Annotated[
     str | None,
     typer.Option(
@@ -53,6 +64,15 @@ def store_url(store: str | None) -> str:
     return Settings.load(**({} if store is None else {"store": store})).store
 
 
+@contextlib.contextmanager
+def open_store(store: str | None) -> Iterator[Store]:
+    """That store, open for as long as the context lasts."""
+    from gradwatch_monitor.store import Store  # noqa: PLC0415
+
+    with Store(store_url(store)) as opened:
+        yield opened
+
+
 def need(*modules: str, extra: str, verb: str) -> None:
     """Say which extra a verb needs, before it fails somewhere inside."""
     from importlib.util import find_spec  # noqa: PLC0415
@@ -60,6 +80,18 @@ def need(*modules: str, extra: str, verb: str) -> None:
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         msg = f"`gradwatch {verb}` needs {', '.join(missing)}: pip install 'gradwatch[{extra}]'"
+        raise ConfigurationError(msg)
+
+
+def permit(address: str, *, trusted: bool) -> None:
+    """Refuse an address that others reach, unless who starts it says that they may."""
+    from gradwatch_dashboards.web.serve import is_loopback  # noqa: PLC0415
+
+    if not trusted and not is_loopback(address):
+        msg = (
+            f"--address {address} is seen from other machines, and whoever reaches it sees every "
+            "run, asked for no password: say --trusted-network if they all may"
+        )
         raise ConfigurationError(msg)
 
 
@@ -71,6 +103,20 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(console=err, transient=True, disable=not err.is_terminal) as bar:
         task = bar.add_task(what, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def user() -> str:
+    """Who asks, as user@host."""
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        name = f"uid {os.getuid()}"
+    return f"{name}@{socket.gethostname()}"
+
+
+def number(value: float | None) -> str:
+    """Four digits, or a dash."""
+    return "–" if value is None else f"{value:.4g}"
 
 
 def print_json(value: Any) -> None:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import LONG, open_run, overlapping_texts
 from playwright.sync_api import expect
 from stores import lognormal, write_run
 
 from gradwatch_monitor import Store, recommend
-
-LONG = 30_000  # milliseconds until a page of Streamlit's is there, on a busy machine
 
 
 def metric(page, label):
@@ -27,33 +26,6 @@ def metric(page, label):
 def query(sql):
     with sqlite3.connect("file:gradwatch.db?mode=ro", uri=True) as connection:
         return connection.execute(sql).fetchall()
-
-
-def open_run(page, address, run):
-    page.goto(f"{address}/run?run={run}")
-    expect(page.get_by_role("heading", name=run, exact=True)).to_be_visible(timeout=LONG)
-    expect(page.get_by_role("heading", name="Events")).to_be_visible(timeout=LONG)
-
-
-def overlapping_texts(page):
-    """Pairs of texts drawn on each other within a chart."""
-    return page.evaluate(
-        """() => {
-        const found = [];
-        for (const chart of document.querySelectorAll('[data-testid="stVegaLiteChart"] svg')) {
-            const texts = [...chart.querySelectorAll('text')].filter(t => t.textContent.trim()
-                && getComputedStyle(t).opacity !== '0' && t.getAttribute('opacity') !== '0');
-            const boxes = texts.map(t => [t.textContent, t.getBoundingClientRect()]);
-            for (let i = 0; i < boxes.length; i++) for (let j = i + 1; j < boxes.length; j++) {
-                const [a, p] = boxes[i], [b, q] = boxes[j];
-                const x = Math.min(p.right, q.right) - Math.max(p.left, q.left);
-                const y = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
-                if (x > 2 && y > 3) found.push(a + ' | ' + b);
-            }
-        }
-        return found;
-    }"""
-    )
 
 
 @pytest.fixture
@@ -90,7 +62,7 @@ def test_the_numbers_equal_sql(shown, screenshot):
 def test_charts_have_legends_units_and_no_text_on_text(shown):
     """All four charts are drawn, with titles on their axes."""
     charts = shown.get_by_test_id("stVegaLiteChart")
-    expect(charts).to_have_count(4)
+    expect(charts).to_have_count(4, timeout=LONG)
     words = " ".join(charts.locator("svg text").all_text_contents())
     for expected in (
         "gradient norm (log scale)", "optimizer step", "before clipping", "after clipping",

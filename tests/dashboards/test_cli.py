@@ -8,18 +8,14 @@ import socket
 import sqlite3
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
-import torch
-from loops import mlp, set_gradients
 from stores import lognormal, write_run
 from typer.testing import CliRunner
 
-from gradwatch import Agent
 from gradwatch_dashboards import cli, store_verbs
-from gradwatch_monitor import Store, recommend
+from gradwatch_monitor import Store, recommend, service
 
 
 @pytest.fixture
@@ -57,13 +53,58 @@ def test_show_equals_sql(run):
         steps, clipped, nonfinite = connection.execute(
             "SELECT count(*), sum(clipped), sum(nonfinite) FROM steps"
         ).fetchone()
-    assert status == 0
-    assert (shown["steps"], shown["clipped"], shown["nonfinite"]) == (steps, clipped, nonfinite)
+    assert status == 1  # a NaN is a finding
+    assert (shown["stored_steps"], shown["clipped"], shown["nonfinite"]) == (
+        steps,
+        clipped,
+        nonfinite,
+    )
     assert shown["clip_ratio"] == clipped / steps
     assert shown["events"][0]["data"]["parameters"] == {"2.weight": "nan"}
     status, text, _ = run("show", "first")
     assert f"{clipped:,} ({100 * clipped / steps:.1f} %)" in text
     assert "it entered at 2.weight" in text
+
+
+def test_runs_and_show_count_the_same_steps(run):
+    """Those taken; `show` says too how many of them a prune has left."""
+    write_run(steps=10)
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute("DELETE FROM step_records WHERE step < 6")
+    (listed,) = json.loads(run("runs", "--json")[1])
+    shown = json.loads(run("show", "first", "--json")[1])
+    assert (listed["steps"], shown["steps"], shown["stored_steps"]) == (10, 10, 4)
+    assert "10, of which 4 are in the store" in run("show", "first")[1]
+
+
+def test_show_names_the_exporter_of_a_run_that_has_not_ended(run):
+    """Nobody answers there after it."""
+    write_run(steps=3)
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute("UPDATE runs SET metrics_url = 'http://here:1/metrics'")
+    assert "http://here" not in run("show", "first")[1]
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute("UPDATE runs SET status = 'running', ended_at = NULL")
+    assert "http://here" in run("show", "first")[1]
+
+
+def test_ui_says_that_there_is_no_store(run, monkeypatch):
+    """In the terminal, before the page does."""
+    monkeypatch.setattr("gradwatch_dashboards.web.serve.run", lambda *_, **__: 0)
+    status, _, told = run("ui", "--store", "missing.db")
+    assert (status, "there is no store at" in told) == (0, True)
+    assert "missing.db yet" in told.replace("\n", "")
+    write_run(steps=3)
+    assert run("ui", "--store", "gradwatch.db")[2] == ""
+
+
+def test_copy_counts_in_words(run):
+    """One run is no runs."""
+    write_run(steps=1)
+    _, text, _ = run("store", "copy", "gradwatch.db", "other.db")
+    assert "1 run, 1 step," in text.replace("\n", " ")
+    _, text, _ = run("store", "copy", "gradwatch.db", "other.db")
+    assert "0 runs, 0 steps," in text.replace("\n", " ")
 
 
 def test_show_of_a_run_with_a_finding_exits_with_1(run):
@@ -72,7 +113,7 @@ def test_show_of_a_run_with_a_finding_exits_with_1(run):
     with sqlite3.connect("gradwatch.db") as connection:
         connection.execute(
             "INSERT INTO findings (run_id, finding, severity, first_step, last_step, found_at, "
-            "message, advice, data) VALUES (1, 'f', 'warning', 0, 2, 0, 'It [b]burns.', 'Water.', '{}')"
+            "message, advice, data) VALUES (1, 'clipped_twice', 'warning', 0, 2, 0, 'It [b]burns.', 'Water.', '{}')"
         )
     status, text, _ = run("show", "first")
     assert (status, "warning: It [b]burns. Water." in text) == (1, True)
@@ -84,7 +125,7 @@ def test_show_of_a_run_with_a_finding_exits_with_1(run):
 
 def test_recommend_is_the_librarys(run):
     """The same answer as from Python, and the line to copy."""
-    write_run(norms=lognormal(500, middle=5.0))
+    write_run(norms=lognormal(1500, middle=5.0))
     with Store("gradwatch.db") as store:
         expected = recommend(store, 1)
     status, text, _ = run("recommend", "first", "--json")
@@ -231,7 +272,7 @@ def test_doctor_says_that_a_store_is_not_there_yet(run):
 def test_migrate(run):
     """An empty database becomes a store; a second time there is nothing to do."""
     sqlite3.connect("gradwatch.db").close()
-    assert json.loads(run("store", "migrate", "--json")[1]) == {"before": None, "after": "0002"}
+    assert json.loads(run("store", "migrate", "--json")[1]) == {"before": None, "after": "0003"}
     assert "already" in run("store", "migrate")[1]
 
 
@@ -338,48 +379,21 @@ def test_doctor_tells_of_wrong_settings(run, monkeypatch):
     assert checks["torch"]["status"] == "ok"
 
 
-def test_apply(run):
-    """Taken by the running job and confirmed; errors of one line otherwise."""
-    model = mlp()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    agent = Agent(optimizer, model=model, run="live", store="gradwatch.db", remote_control=True)
-    ended = threading.Event()
+@pytest.mark.parametrize("verb", ["monitor", "ui"])
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.7", "node7"])
+def test_an_address_that_others_reach_has_to_be_said_to_be_trusted(run, verb, address):
+    """Nothing asks for a password there, so nobody opens it unawares."""
+    status, _, errors = run(verb, "--address", address)
+    assert status == 2
+    assert "--trusted-network" in errors
 
-    def train():
-        step = 0
-        while not ended.is_set():
-            set_gradients(step, model)
-            optimizer.step()
-            step += 1
-            ended.wait(0.005)
 
-    loop = threading.Thread(target=train)
-    loop.start()
-    try:
-        while agent.last is None or not agent.flush():
-            ended.wait(0.01)
-        status, text, _ = run("apply", "live", "0.25", "--reason", "too loose")
-        assert status == 0
-        assert re.fullmatch(r"live: from step \d+ on 0\.25 \(before: 1\)\n", text)
-        assert agent.threshold == 0.25
-        status, text, _ = run("apply", "live", "0.5", "--json")
-        change = json.loads(text)
-        assert (status, change["threshold"], change["previous"]) == (0, 0.5, 0.25)
-        assert agent.flush()
-        with Store("gradwatch.db") as store:
-            assert len(store.events(1, kind="threshold_changed")) == 2
-        for arguments, code, word in (
-            (("live",), 2, "--recommended"),
-            (("live", "1.0", "--recommended"), 2, "--recommended"),
-            (("live", "--", "-1"), 2, "above 0"),
-            (("nobody", "1.0"), 1, "no run"),
-        ):
-            status, _, errors = run("apply", *arguments)
-            assert (status, errors.count("\n")) == (code, 1)
-            assert word in errors
-    finally:
-        ended.set()
-        loop.join()
-    agent.close()
-    status, _, errors = run("apply", "live", "1.0")
-    assert (status, "finished" in errors) == (2, True)
+def test_a_trusted_network_is_bound(monkeypatch, run):
+    """With the flag, what is asked for is done."""
+    bound = []
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(service.Service, "run", lambda self: bound.append(self._server))
+    status, _, _ = run("monitor", "--port", "0", "--address", "0.0.0.0", "--trusted-network")
+    assert status == 0
+    assert bound[0].server_address[0] == "0.0.0.0"
+    bound[0].server_close()

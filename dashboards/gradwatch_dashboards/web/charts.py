@@ -1,4 +1,4 @@
-"""The charts of the run page: frames in, charts out."""
+"""The charts of the run page and the report: frames in, charts out."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pandas as pd
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["clip_ratio", "loss", "norms", "what_if"]
+__all__ = ["clip_ratio", "loss", "lr", "norms", "what_if"]
 
 BEFORE, AFTER = "before clipping", "after clipping"
 THRESHOLD, CLIPPED = "threshold", "clipped step"
@@ -38,14 +38,17 @@ _EVENT_NAMES = {
     "amp_overflow": "AMP overflow",
     "records_dropped": "records lost",
 }
+_APPLIED, _APPLIED_COLOUR = "threshold applied", "#12806a"
 _MARKS_AT_MOST = 200
 _LEGEND = alt.Legend(
     title=None, orient="top", direction="horizontal", symbolStrokeWidth=2, labelLimit=400
 )
 
 
-def norms(frame: pd.DataFrame, events: pd.DataFrame) -> alt.LayerChart:
-    """Pre- and post-clip norm, the threshold, clipped steps and events over the steps."""
+def norms(
+    frame: pd.DataFrame, events: pd.DataFrame, changes: pd.DataFrame | None = None
+) -> alt.LayerChart:
+    """Pre- and post-clip norm, the threshold, clipped steps, events and changes over the steps."""
     drawn = frame.rename(columns={"pre_norm": BEFORE, "post_norm": AFTER, "threshold": THRESHOLD})
     kinds = [name for name in (BEFORE, AFTER, THRESHOLD) if drawn[name].notna().any()]
     lines = drawn.melt("step", kinds, var_name="kind", value_name="norm")
@@ -89,13 +92,18 @@ def norms(frame: pd.DataFrame, events: pd.DataFrame) -> alt.LayerChart:
     kinds_marked = (
         "nonfinite_gradient", "grad_norm_spike", "spike_skipped", "amp_overflow", "records_dropped"
     )  # fmt: skip
-    return _layered(_rules(events, kinds_marked, x), line, points, threshold, height=340)
+    rules = _rules(events, kinds_marked, x)
+    return _layered(rules, line, points, threshold, *_applied(changes, x), height=340)
 
 
 def clip_ratio(
-    frame: pd.DataFrame, window: int, band: tuple[float, float], last_step: int
+    frame: pd.DataFrame,
+    window: int,
+    band: tuple[float, float],
+    last_step: int,
+    changes: pd.DataFrame | None = None,
 ) -> alt.LayerChart:
-    """The share of clipped steps over a rolling window, against the band."""
+    """The share of clipped steps over a rolling window, against the band, and changes."""
     ratio, inside = f"clipped of the last {window} steps", f"band {_percent(band)}"
     x = _step_axis(pd.Series([0, last_step]))
     scale = alt.Scale(domain=[ratio, inside], range=[_NORM_COLOURS[CLIPPED], "#bfe3c6"])
@@ -121,11 +129,13 @@ def clip_ratio(
             tooltip=[alt.Tooltip("step:Q", format=","), alt.Tooltip("clip_ratio:Q", format=".1%")],
         )
     )
-    return _layered(back, line, height=250)
+    return _layered(back, line, *_applied(changes, x), height=250)
 
 
-def loss(frame: pd.DataFrame, events: pd.DataFrame) -> alt.LayerChart:
-    """The loss over the steps, with its own events."""
+def loss(
+    frame: pd.DataFrame, events: pd.DataFrame, changes: pd.DataFrame | None = None
+) -> alt.LayerChart:
+    """The loss over the steps, with its own events, and changes of the threshold."""
     x = _step_axis(frame["step"])
     line = (
         alt.Chart(frame)
@@ -137,7 +147,23 @@ def loss(frame: pd.DataFrame, events: pd.DataFrame) -> alt.LayerChart:
             tooltip=[alt.Tooltip("step:Q", format=","), alt.Tooltip("loss:Q", format=".4g")],
         )
     )  # fmt: skip
-    return _layered(_rules(events, ("nonfinite_loss", "loss_spike"), x), line, height=250)
+    rules = _rules(events, ("nonfinite_loss", "loss_spike"), x)
+    return _layered(rules, line, *_applied(changes, x), height=250)
+
+
+def lr(frame: pd.DataFrame, changes: pd.DataFrame | None = None) -> alt.LayerChart:
+    """The learning rate over the steps, and changes of the threshold."""
+    x = _step_axis(frame["step"])
+    line = (
+        alt.Chart(frame)
+        .mark_line(strokeWidth=1.2, color=_NORM_COLOURS[AFTER], interpolate="step-after", clip=True)
+        .encode(
+            x=x,
+            y=alt.Y("lr:Q", title="learning rate", axis=alt.Axis(format="~g")),
+            tooltip=[alt.Tooltip("step:Q", format=","), alt.Tooltip("lr:Q", format=".4g")],
+        )
+    )
+    return _layered(line, *_applied(changes, x), height=250)
 
 
 def what_if(
@@ -207,6 +233,36 @@ def _rules(events: pd.DataFrame, kinds: Sequence[str], x: alt.X) -> alt.Chart | 
         )
     )
     return chart
+
+
+def _applied(changes: pd.DataFrame | None, x: alt.X) -> list[alt.Chart]:
+    """A line with a head at each of the latest changes of the threshold: who, when, from, to."""
+    if changes is None or changes.empty:
+        return []
+    marked = changes.tail(_MARKS_AT_MOST).assign(mark=_APPLIED)
+    for name in ("from", "to"):
+        marked[name] = [f"{v:.4g}" if v == v and v is not None else "–" for v in marked[name]]  # noqa: PLR0124
+    # Vega would show it in the reader's own zone.
+    marked["when"] = marked.pop("time").dt.strftime("%Y-%m-%d %H:%M:%S")
+    base = alt.Chart(marked).encode(
+        x=x,
+        tooltip=[
+            alt.Tooltip("mark:N", title="mark"),
+            alt.Tooltip("step:Q", format=","),
+            alt.Tooltip("from:N"),
+            alt.Tooltip("to:N"),
+            alt.Tooltip("clip:N"),
+            alt.Tooltip("by:N", title="who"),
+            alt.Tooltip("when:N", title="when (UTC)"),
+            alt.Tooltip("reason:N"),
+        ],
+    )
+    scale = alt.Scale(domain=[_APPLIED], range=[_APPLIED_COLOUR])
+    rule = base.mark_rule(strokeWidth=1.6, color=_APPLIED_COLOUR)
+    head = base.mark_point(shape="triangle-down", size=110, filled=True, opacity=1).encode(
+        y=alt.value(0), fill=alt.Fill("mark:N", legend=_LEGEND, scale=scale)
+    )
+    return [rule, head]
 
 
 def _log_ticks(values: pd.Series[Any]) -> list[float]:

@@ -8,25 +8,22 @@ from typing import TYPE_CHECKING
 import streamlit as st
 
 from gradwatch.errors import RunNotFoundError
-from gradwatch_dashboards.web import charts
+from gradwatch_dashboards.terminal import number
+from gradwatch_dashboards.web import charts, control
 from gradwatch_dashboards.web.source import badge, open_store, plain
-from gradwatch_monitor import Run, views
+from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW
+from gradwatch_monitor import Run, diagnose, views
+from gradwatch_monitor.applying import applied, in_force
+from gradwatch_monitor.diagnose import ended
 from gradwatch_monitor.recommend import Recommendation, recommend_from
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gradwatch_monitor.applying import Outcome
     from gradwatch_monitor.store import Summary
 
-BAND = (0.10, 0.30)
-WINDOW = 100
 REFRESH_SECONDS = 2.0
-VERDICTS = {
-    "keep": "keep the threshold",
-    "change": "change the threshold",
-    "not_needed": "clipping is not needed",
-    "use_policy": "use a policy instead of a constant",
-    "fix_training": "fix the training first",
-    "not_enough_data": "not enough data yet",
-}
 
 store = open_store()
 
@@ -67,7 +64,7 @@ def heading(run: Run, summary: Summary) -> None:
     st.caption(plain(" · ".join(str(fact) for fact in facts if fact)))
     ratio = summary.clip_ratio
     values = {
-        "Steps": f"{summary.steps:,}",
+        "Steps": f"{summary.taken:,}",
         "Clipped": "–" if ratio is None else f"{100 * ratio:.1f} %",
         "NaN or inf": f"{summary.nonfinite:,}",
         "Skipped": f"{summary.skipped:,}",
@@ -80,14 +77,17 @@ def heading(run: Run, summary: Summary) -> None:
         column.metric(label, value)
 
 
-def advice(recommendation: Recommendation) -> None:
-    """The recommendation, its numbers and its reasons."""
+def advice(run: Run, recommendation: Recommendation, outcomes: Sequence[Outcome]) -> None:
+    """The recommendation, its numbers and its reasons; and what can be done about it."""
     with st.container(border=True):
-        st.markdown(f"#### Recommendation: {VERDICTS[recommendation.verdict]}")
+        held = in_force(recommendation)
+        verdict = "it is in force" if held else VERDICTS[recommendation.verdict]
+        st.markdown(f"#### Recommendation: {verdict}")
         st.markdown(f"**{plain(recommendation.sentence)}**")
         st.markdown("\n".join(f"- {plain(reason)}" for reason in recommendation.reasons))
         if recommendation.policy is not None:
             st.code(f"clip=gradwatch.{recommendation.policy}", language="python")
+        control.panel(store, run, recommendation, outcomes)
 
 
 def slider(timeline: views.Timeline, recommended: float | None, current: float | None) -> None:
@@ -117,6 +117,19 @@ def slider(timeline: views.Timeline, recommended: float | None, current: float |
     st.caption("Over this run's own norms. Clipping changes a run: check it again on the next one.")
 
 
+def findings(run_id: int) -> None:
+    """What is wrong now, the gravest first; folded away, what was and has ended."""
+    now = diagnose(store, run_id)
+    for finding in now:
+        show = {"critical": st.error, "warning": st.warning}.get(finding.severity, st.info)
+        show(plain(f"{finding.message} {finding.advice}"))
+    if past := ended(store, run_id, now):
+        with st.expander(f"{len(past)} finding{'s' if len(past) > 1 else ''} that ended"):
+            for finding in past:
+                span = f"steps {finding.first_step:,}–{finding.last_step:,}"
+                st.markdown(plain(f"{span}: {finding.message}"))
+
+
 def page(run_id: int) -> None:
     """Everything that moves while the run goes on."""
     run = store.run(run_id)
@@ -129,36 +142,36 @@ def page(run_id: int) -> None:
         st.session_state.pop("threshold", None)
     timeline.refresh(store)
     heading(run, store.summary(run_id))
-    for finding in store.findings(run_id):
-        show = st.error if finding.severity == "critical" else st.warning
-        show(plain(f"{finding.message} {finding.advice}"))
+    findings(run_id)
     if not len(timeline):
         st.info("This run has not stored a step yet.")
         return
     events = views.events_table(store, run_id)
     recommendation = recommend_from(timeline.history(run))
-    last = int(timeline["step"][-1])
+    changes = applied(store, run_id)
+    marks = views.changes_table(changes)
+    last = timeline.last_step
 
     st.subheader("Gradient norm", anchor=False)
-    st.altair_chart(charts.norms(views.norms_chart(timeline), events))
+    st.altair_chart(charts.norms(views.norms_chart(timeline), events, marks))
     left, right = st.columns(2)
     with left:
         st.subheader("Clip ratio", anchor=False)
         ratios = views.clip_ratio(timeline, WINDOW)
         if len(ratios):
-            st.altair_chart(charts.clip_ratio(ratios, WINDOW, BAND, last))
+            st.altair_chart(charts.clip_ratio(ratios, WINDOW, BAND, last, marks))
         else:
             st.caption(f"From {WINDOW} steps on.")
     with right:
         st.subheader("Loss", anchor=False)
         losses = views.loss_chart(timeline)
         if len(losses):
-            st.altair_chart(charts.loss(losses, events))
+            st.altair_chart(charts.loss(losses, events, marks))
         else:
             st.caption("No loss was logged: gradwatch.Agent.of(optimizer).log(loss=loss)")
     left, right = st.columns(2)
     with left:
-        advice(recommendation)
+        advice(run, recommendation, timeline.outcomes(changes))
     with right:
         slider(timeline, recommendation.threshold, recommendation.current_threshold)
     st.subheader("Events", anchor=False)
@@ -174,11 +187,6 @@ def page(run_id: int) -> None:
                 "message": st.column_config.TextColumn(width=640),
             },
         )
-
-
-def number(value: float | None) -> str:
-    """Four digits, or a dash."""
-    return "–" if value is None else f"{value:.4g}"
 
 
 run = chosen()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from gradwatch.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["command", "run"]
+__all__ = ["command", "is_loopback", "run"]
 
 _APP = Path(__file__).parent / "app.py"
 _START_SECONDS = 60.0
@@ -35,6 +36,14 @@ def command(address: str, port: int) -> list[str]:
     options = {**_OPTIONS, "server.address": address, "server.port": str(port)}
     flags = [f"--{name}={value}" for name, value in options.items()]
     return [sys.executable, "-m", "streamlit", "run", str(_APP), *flags]
+
+
+def is_loopback(address: str) -> bool:
+    """Whether this machine alone reaches what is bound to it."""
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def run(

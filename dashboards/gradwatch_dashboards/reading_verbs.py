@@ -1,0 +1,210 @@
+"""Verbs that read: runs, show, recommend, diagnose, report. Parse and call, like the other verbs."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from gradwatch_dashboards.terminal import (
+    NOT_FOUND,
+    JsonOption,
+    RunArgument,
+    StoreOption,
+    need,
+    number,
+    open_store,
+    out,
+    print_json,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from gradwatch_monitor.store import Event, Finding, Run, Store, Summary
+
+__all__ = ["diagnose", "recommend", "report", "runs", "show"]
+
+
+def runs(
+    store: StoreOption = None,
+    limit: Annotated[
+        int, typer.Option(min=1, max=10**9, help="At most so many, the latest first.")
+    ] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """List runs, the latest first."""
+    with open_store(store) as opened:
+        found = opened.runs(limit=limit)
+        rows = [{**_run_dict(run), "steps": _steps(opened, run)} for run in found]
+    if as_json:
+        print_json(rows)
+        return
+    if not rows:
+        out.print(f"No runs in {escape(opened.name)} yet.")
+        return
+    table = Table("id", "name", "status", "steps", "started", "host", "clip", box=None)
+    for row in rows:
+        clip = str(row["settings"].get("clip", ""))
+        cells = (row["id"], row["name"], row["status"], f"{row['steps']:,}",
+                 _when(row["started_at"]), row["host"], clip)  # fmt: skip
+        table.add_row(*(escape(str(cell)) for cell in cells))
+    out.print(table)
+
+
+def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Show one run: counts, last values, findings, events; exit status 1 where there is a finding."""
+    from gradwatch_monitor import diagnose as find  # noqa: PLC0415 - numpy and more
+    from gradwatch_monitor.diagnose import ended  # noqa: PLC0415
+
+    with open_store(store) as opened:
+        found = opened.run(run)
+        summary = opened.summary(found.id)
+        findings = find(opened, found.id)
+        past = ended(opened, found.id, findings)
+        events = opened.events(found.id, limit=10)
+    if as_json:
+        print_json(
+            {
+                **_run_dict(found),
+                **dataclasses.asdict(summary),
+                "steps": summary.taken,
+                "stored_steps": summary.steps,
+                "clip_ratio": summary.clip_ratio,
+                "findings": [dataclasses.asdict(f) for f in (*findings, *past)],
+                "events": [dataclasses.asdict(e) for e in events],
+            }
+        )
+    else:
+        _show(found, summary, findings, events)
+    if findings:
+        raise typer.Exit(NOT_FOUND)
+
+
+def diagnose(run: RunArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
+    """Say what is wrong with a run, on what that rests, and what to do; status 1 on a finding."""
+    from gradwatch_monitor import diagnose as find  # noqa: PLC0415 - numpy and more
+
+    with open_store(store) as opened:
+        found = opened.run(run)
+        findings = find(opened, found.id)
+    if as_json:
+        print_json([dataclasses.asdict(finding) for finding in findings])
+    else:
+        for finding in findings:
+            steps = f"steps {finding.first_step:,} to {finding.last_step:,}"
+            out.print(f"[bold]{finding.severity}: {finding.finding}[/bold] ({steps})")
+            out.print(f"  {escape(finding.message)}\n  {escape(finding.advice)}")
+            if source := finding.data.get("source"):
+                out.print(f"  [dim]{escape(source)}[/dim]")
+        if not findings:
+            out.print(f"Nothing is wrong with {escape(found.name)} in its last steps.")
+    if findings:
+        raise typer.Exit(NOT_FOUND)
+
+
+def _show(found: Run, summary: Summary, findings: list[Finding], events: list[Event]) -> None:
+    table = Table(box=None, show_header=False, title=escape(found.name), title_justify="left")
+    ratio = summary.clip_ratio
+    steps = f"{summary.taken:,}"
+    if summary.steps != summary.taken:
+        steps += f", of which {summary.steps:,} are in the store, and counted here"
+    for label, value in (
+        ("status", _status_in_full(found)),
+        ("started", _when(found.started_at)),
+        ("host", f"{found.host}, process {found.pid}"),
+        ("optimizer", found.settings.get("optimizer", "")),
+        ("clip", found.settings.get("clip", "")),
+        ("tags", ", ".join(f"{key}={value}" for key, value in found.tags.items()) or "–"),
+        ("metrics", (found.ended_at is None and found.metrics_url) or "–"),
+        ("steps", steps),
+        ("clipped", f"{summary.clipped:,}" + (f" ({100 * ratio:.1f} %)" if ratio else "")),
+        ("NaN or inf", f"{summary.nonfinite:,}"),
+        ("skipped", f"{summary.skipped:,} ({summary.amp_overflows:,} AMP overflows)"),
+        ("last norm", number(summary.last_pre_norm)),
+        ("last loss", number(summary.last_loss)),
+        ("threshold", number(summary.last_threshold)),
+    ):
+        table.add_row(label, escape(str(value)))
+    out.print(table)
+    for finding in findings:
+        out.print(f"\n{finding.severity}: {escape(finding.message)} {escape(finding.advice)}")
+    if events:
+        out.print("\nlatest events")
+        for event in events:
+            out.print(f"  step {event.step:>7}  {event.severity:8}  {escape(event.message)}")
+
+
+def recommend(
+    run: RunArgument,
+    store: StoreOption = None,
+    target: Annotated[float, typer.Option(help="Share of the steps to clip.")] = 0.20,
+    as_json: JsonOption = False,
+) -> None:
+    """Recommend a clipping threshold for the next run, with the reasons."""
+    from gradwatch_monitor import recommend as recommend_run  # noqa: PLC0415
+
+    with open_store(store) as opened:
+        found = opened.run(run)
+        result = recommend_run(opened, found.id, target=target)
+    if as_json:
+        print_json({"run": found.name, "run_id": found.id, **result.as_dict()})
+        return
+    out.print(f"{escape(found.name)}: {result.verdict.replace('_', ' ')}")
+    out.print(escape(result.sentence))
+    for reason in result.reasons:
+        out.print(f"  - {escape(reason)}")
+    if result.policy is not None:
+        out.print(f"\nclip=gradwatch.{escape(str(result.policy))}")
+
+
+def report(
+    run: RunArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", dir_okay=False, help="The page.")
+    ] = Path("report.html"),
+    store: StoreOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a run's report: one HTML page that needs nothing else, to attach to an experiment."""
+    need("altair", "pandas", "tsdownsample", "vl_convert", "jinja2", extra="monitor", verb="report")
+    from gradwatch_dashboards import report as reports  # noqa: PLC0415
+
+    with open_store(store) as opened:
+        found = opened.run(run)
+        with progress("drawing") as done:
+            size = reports.write(opened, found, output, done)
+    path = output.absolute()
+    if as_json:
+        print_json({"run": found.name, "run_id": found.id, "path": str(path), "bytes": size})
+    else:
+        out.print(f"Report: {escape(str(path))} ({size / 1000:,.0f} kB)")
+
+
+def _run_dict(run: Run) -> dict[str, Any]:
+    from gradwatch_monitor.store import status_of  # noqa: PLC0415
+
+    return {**dataclasses.asdict(run), "status": status_of(run), "live": run.is_live()}
+
+
+def _status_in_full(run: Run) -> str:
+    status = str(_run_dict(run)["status"])
+    if status != "silent":
+        return status if run.ended_at is None else f"{status}, {_when(run.ended_at)}"
+    return (
+        f"silent since {_when(run.heartbeat_at)}: if it was killed, `gradwatch recover` on "
+        f"{run.host} stores what it left"
+    )
+
+
+def _steps(store: Store, run: Run) -> int:
+    last = store.last_step(run.id)
+    return 0 if last is None else last + 1
+
+
+def _when(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

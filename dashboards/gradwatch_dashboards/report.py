@@ -1,0 +1,202 @@
+"""`gradwatch report`: one page with all there is to know of a run, which needs nothing else.
+
+Charts are drawn here, as SVG; the page holds no script, and its own policy forbids every request.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import io
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+import jinja2
+from markupsafe import Markup
+
+from gradwatch import __version__
+from gradwatch.config import redact
+from gradwatch.errors import ConfigurationError
+from gradwatch_dashboards.terminal import number
+from gradwatch_dashboards.web import charts
+from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW
+from gradwatch_monitor import diagnose, recommend, views
+from gradwatch_monitor.applying import applied, in_force, wanted
+from gradwatch_monitor.diagnose import ended
+from gradwatch_monitor.store import status_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import pandas as pd
+
+    from gradwatch_monitor.recommend import Recommendation
+    from gradwatch_monitor.store import Run, Store, Summary
+    from gradwatch_monitor.views import Timeline
+
+__all__ = ["page", "write"]
+
+EVENTS = 100  # rows of the table at most
+_WIDE, _NARROW = 960, 430  # pixels
+_TEMPLATE = Path(__file__).with_name("report.html.j2")
+_SECRET = re.compile(r"(?i)(^|[_.-])(password|passwd|secret|token|api_?key|access_?key)$")
+# What the page's own colours are to decide is drawn in the colour of its text.
+_CONFIG: dict[str, Any] = {
+    "aria": False,
+    "background": "transparent",
+    "font": "Arial, Liberation Sans, Helvetica, sans-serif",  # as wide here as there
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": "currentColor",
+        "titleColor": "currentColor",
+        "titleFontWeight": "normal",
+        "titlePadding": 14,
+        "domainColor": "currentColor",
+        "tickColor": "currentColor",
+        "gridColor": "currentColor",
+        "gridOpacity": 0.12,
+    },
+    "legend": {"labelColor": "currentColor", "columnPadding": 30},
+}
+
+
+def write(
+    store: Store, run: Run, path: Path, progress: Callable[[int, int], None] = lambda *_: None
+) -> int:
+    """Write the report of a run to a file, all of it or nothing; its size in bytes.
+
+    Raises `ConfigurationError` where that file cannot be written.
+    """
+    data = page(store, run, progress).encode("utf-8", "replace")
+    part = path.with_name(f"{path.name}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    except OSError as error:
+        msg = f"cannot write {path}: {error.strerror}; name another file with -o"
+        raise ConfigurationError(msg) from None
+    return len(data)
+
+
+def page(store: Store, run: Run, progress: Callable[[int, int], None] = lambda *_: None) -> str:
+    """The report of a run as HTML."""
+    timeline = views.Timeline(run.id, run.uid)
+    timeline.refresh(store)
+    changes = applied(store, run.id)
+    recommendation, now = recommend(store, run.id), diagnose(store, run.id)
+    summary = store.summary(run.id)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "when": _when}
+    drawn = {}
+    every = list(_charts(store, run, timeline, recommendation))
+    for done, (name, width, chart) in enumerate(every, start=1):
+        drawn[name] = _svg(chart.properties(width=width))
+        progress(done, len(every))
+    outcomes = {one.applied.change: one for one in timeline.outcomes(changes)}
+    events = store.events(run.id, limit=EVENTS + 1)
+    return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
+        run=run,
+        status=status_of(run),
+        identity=_identity(store, run, summary),
+        summary=summary,
+        charts=drawn,
+        window=WINDOW,
+        band="–".join(f"{100 * bound:.0f}" for bound in BAND),
+        findings=[*now, *ended(store, run.id, now)],
+        events=events[:EVENTS],
+        more_events=len(events) > EVENTS,
+        recommendation=recommendation,
+        verdict="it is in force" if in_force(recommendation) else VERDICTS[recommendation.verdict],
+        requests=[
+            (request, wanted(request), outcomes.get(request.id))
+            for request in reversed(store.changes(run.id))
+        ],
+        outcomes=list(outcomes.values()),
+        version=__version__,
+        made=dt.datetime.now(dt.UTC).timestamp(),
+    )
+
+
+def _charts(
+    store: Store, run: Run, timeline: Timeline, recommendation: Recommendation
+) -> Iterator[tuple[str, int, alt.LayerChart]]:
+    """Name, width and chart of all that have something to show."""
+    if not len(timeline):
+        return
+    events = views.events_table(store, run.id)
+    marks = views.changes_table(applied(store, run.id))
+    norms = views.norms_chart(timeline)
+    if norms["pre_norm"].notna().any():
+        yield "norms", _WIDE, charts.norms(norms, events, marks)
+    ratios = views.clip_ratio(timeline, WINDOW)
+    if len(ratios):
+        last = int(timeline["step"][-1])
+        yield "clip_ratio", _NARROW, charts.clip_ratio(ratios, WINDOW, BAND, last, marks)
+    curve = _curve(timeline, recommendation)
+    if curve is not None:
+        yield "what_if", _NARROW, curve
+    losses = views.loss_chart(timeline)
+    if len(losses):
+        yield "loss", _NARROW, charts.loss(losses, events, marks)
+    rates = views.lr_chart(timeline)
+    if len(rates):
+        yield "lr", _NARROW, charts.lr(rates, marks)
+
+
+def _curve(timeline: Timeline, recommendation: Recommendation) -> alt.LayerChart | None:
+    threshold = recommendation.threshold or recommendation.current_threshold
+    if threshold is None:
+        return None
+    curve: pd.DataFrame = views.what_if_curve(timeline, include=(threshold,))
+    if len(curve) < 2:
+        return None
+    return charts.what_if(curve, threshold, views.what_if(timeline, threshold)[0], BAND)
+
+
+def _svg(chart: alt.LayerChart) -> Markup:
+    """The chart as SVG; vega counts its ids on from chart to chart."""
+    text = io.StringIO()
+    with alt.data_transformers.enable("default", max_rows=None):
+        chart.configure(**_CONFIG).save(text, format="svg")
+    return Markup(text.getvalue())  # noqa: S704 - drawn by vega
+
+
+def _identity(store: Store, run: Run, summary: Summary) -> dict[str, str]:
+    """Who the run is and how it was set up, without secrets."""
+    settings = run.settings
+    ended = run.ended_at or summary.last_time
+    lasted = dt.timedelta(seconds=round(max(0.0, (ended or 0.0) - run.started_at)))
+    shown: dict[str, Any] = {
+        "run": f"{run.id} ({run.uid})",
+        "job": run.job,
+        "store": store.name,
+        "host": f"{run.host}, process {run.pid}",
+        "processes": run.world_size,
+        "started": _when(run.started_at),
+        "ended": _when(run.ended_at) if run.ended_at else None,
+        "lasted": lasted if ended else None,
+        "optimizer": settings.get("optimizer"),
+        "clip": settings.get("clip"),
+        "on NaN or inf": settings.get("on_nonfinite"),
+        "parameters": f"{settings['parameters']:,}" if "parameters" in settings else None,
+        "device": settings.get("device"),
+        "remote control": "allowed" if settings.get("remote_control") else "not allowed",
+        "versions": ", ".join(f"{k} {v}" for k, v in settings.get("versions", {}).items()),
+        **{f"tag {name}": _told(name, value) for name, value in run.tags.items()},
+    }
+    return {name: str(value) for name, value in shown.items() if value not in {None, ""}}
+
+
+def _told(name: str, value: object) -> str:
+    """A tag's value; not where its name says that it is a secret, or its URL holds one."""
+    if _SECRET.search(name):
+        return "***"
+    return redact(value) if isinstance(value, str) and "://" in value else str(value)
+
+
+def _when(seconds: float) -> str:
+    moment = dt.datetime.fromtimestamp(seconds, dt.UTC)
+    return f"{moment:%Y-%m-%d %H:%M:%S} UTC"
