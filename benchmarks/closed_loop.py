@@ -1,0 +1,176 @@
+"""Does a recommendation hold on the next run? Real jobs, run again with what was recommended.
+
+For each job and seed: run with `ClipNorm(1.0)`; ask for a recommendation; run with another seed
+under what was recommended, and under the constant in any case; ask again, and run a third time.
+Measured over the last 80 % of the steps. Beside it what simple methods would have set.
+
+    .venv/bin/python benchmarks/closed_loop.py
+    .venv/bin/python benchmarks/closed_loop.py --only "CNN, digits" --seeds 3
+    .venv/bin/python benchmarks/closed_loop.py --tuning      # what the rules were fitted on
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import multiprocessing
+import tempfile
+import time
+
+import numpy as np
+import torch
+from jobs import in_band
+from loop_tables import show
+from workloads import REPORTED, TUNING, ended, train
+
+import gradwatch
+from gradwatch_monitor import Store, recommend
+
+BAND = (0.10, 0.30)
+BURN_IN = 0.2
+START = gradwatch.ClipNorm(1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of one run."""
+
+    clip_ratio: float  # over the last 80 % of the steps
+    windows: float  # the share of 200-step windows after 100 steps that lie in the band
+    ended: float  # the loss or score, less is better
+    diverged: bool
+
+    @property
+    def in_band(self) -> bool:
+        return BAND[0] <= self.clip_ratio <= BAND[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """First run, recommendation, second run, recommendation, third run."""
+
+    job: str
+    seed: int
+    first: Outcome
+    verdict: str
+    policy: str | None
+    threshold: float
+    predicted: float
+    interval: tuple[float, float]
+    recommended: Outcome  # what to run with; the first policy where nothing is to be changed
+    constant: Outcome  # `threshold` in any case
+    second_verdict: str
+    second_threshold: float
+    second: Outcome
+
+
+def run(job, policy, seed, folder):
+    """One training run as a user has it, and the store it left."""
+    workload = {**REPORTED, **TUNING}[job].make(seed)
+    store = f"sqlite:///{folder}/{time.monotonic_ns()}.db"
+    agent = gradwatch.Agent(
+        workload.optimizer, model=workload.model, clip=policy, store=store, metrics_port=None
+    )
+    losses = train(workload, agent)
+    agent.close()
+    with Store(store) as opened:
+        clipped = opened.steps(1).clipped.to_numpy()
+    start, end = float(np.median(losses[:3])), float(np.mean(losses[-50:]))
+    outcome = Outcome(
+        clip_ratio=float(clipped[int(BURN_IN * len(clipped)) :].mean()),
+        windows=in_band(clipped),
+        ended=ended(workload, losses),
+        diverged=not math.isfinite(end) or (min(losses) > 0 and end > start),
+    )
+    return outcome, store
+
+
+def asked(store):
+    with Store(store) as opened:
+        return recommend(opened, 1)
+
+
+def chain(job, seed, seeds):
+    """All that a user does, three times over."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        first, store = run(job, START, seed, folder)
+        rec = asked(store)
+        second_seed, third_seed = (seed + 1) % seeds, (seed + 2) % seeds
+        threshold = gradwatch.ClipNorm(rec.threshold)
+        constant, store = run(job, threshold, second_seed, folder)
+        policy = rec.policy or START
+        recommended = constant if policy == threshold else run(job, policy, second_seed, folder)[0]
+        again = asked(store)
+        held = rec.threshold if again.verdict == "keep" else again.threshold
+        second, _ = run(job, gradwatch.ClipNorm(held), third_seed, folder)
+    return Chain(
+        job, seed, first, rec.verdict, rec.policy and str(rec.policy), rec.threshold,
+        rec.predicted_clip_ratio, rec.interval, recommended, constant, again.verdict, held, second,
+    )  # fmt: skip
+
+
+def simple(job, name, seed):
+    """One run under a simple method; constants are read from a run at 1.0 with another seed."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        policy = POLICIES.get(name)
+        if policy is None:
+            _, store = run(job, START, seed, folder)
+            with Store(store) as opened:
+                norms = opened.steps(1).pre_norm.dropna().to_numpy()
+            policy = gradwatch.ClipNorm(CONSTANTS[name](norms))
+        return run(job, policy, seed + 1, folder)[0]
+
+
+CONSTANTS = {
+    "80th percentile": lambda norms: float(np.quantile(norms, 0.8)),
+    "95th percentile × 2": lambda norms: 2 * float(np.quantile(norms, 0.95)),
+}
+POLICIES = {
+    "fixed 1.0": START,
+    "AutoClip, p = 10": gradwatch.PercentileClip(percentile=10, multiplier=1, history=10**6),
+    "ZClip": gradwatch.ZClip(),
+    "TargetRatio": gradwatch.TargetRatio(),
+    "no clipping": gradwatch.ObserveOnly(),
+}
+
+
+def _task(task):
+    kind, *arguments = task
+    return task, (chain if kind == "chain" else simple)(*arguments)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=[*REPORTED, *TUNING])
+    parser.add_argument("--tuning", action="store_true", help="the jobs that the rules come from")
+    parser.add_argument("--seeds", type=int, default=5, help="of the closed loop")
+    parser.add_argument("--others", type=int, default=3, help="seeds of the simple methods")
+    parser.add_argument("--processes", type=int, default=2)
+    arguments = parser.parse_args()
+    jobs = TUNING if arguments.tuning else REPORTED
+    names = [arguments.only] if arguments.only else list(jobs)
+    tasks = [
+        ("chain", job, seed, arguments.seeds) for job in names for seed in range(arguments.seeds)
+    ]
+    tasks += [
+        ("simple", job, method, 10 + seed)
+        for job in names
+        for method in (*CONSTANTS, *POLICIES)
+        for seed in range(arguments.others)
+    ]
+    began = time.perf_counter()
+    with multiprocessing.get_context("spawn").Pool(arguments.processes) as pool:
+        results = list(pool.imap_unordered(_task, tasks))
+    chains = sorted(
+        (r for t, r in results if t[0] == "chain"), key=lambda c: (names.index(c.job), c.seed)
+    )
+    others = [(t[1], t[2], r) for t, r in results if t[0] == "simple"]
+    show(chains, others, {**REPORTED, **TUNING})
+    print(f"\n{len(results)} chains and runs in {(time.perf_counter() - began) / 60:.0f} minutes")
+
+
+if __name__ == "__main__":
+    main()
