@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 from gradwatch.config import DEFAULT_STORE, Settings
 from gradwatch.metrics import AGENT, LABELS, MONITOR, NORM_BUCKETS, Metric
 
 HERE = Path(__file__).parent
+RULES = HERE.parent / "dashboards" / "gradwatch_dashboards" / "prometheus"
 NOTE = "<!-- Written by docs/generate.py: change the source it names, then run `make docs`. -->\n"
 
 
@@ -18,7 +21,7 @@ def metrics() -> str:
         NOTE,
         "# Metrics\n",
         (
-            f"Every metric carries the labels {' and '.join(f'`{label}`' for label in LABELS)}: the "
+            f"Those of the job carry the labels {' and '.join(f'`{label}`' for label in LABELS)}: the "
             "run's name and its rank. Counters exist from the run's first scrape, at 0; a gauge "
             "appears with its first finite value; nothing non-finite is ever exposed. The source is "
             "`agent/gradwatch/metrics.py`.\n"
@@ -30,8 +33,13 @@ def metrics() -> str:
             f"The histograms have {len(NORM_BUCKETS)} buckets, four a decade, with upper bounds from "
             f"{NORM_BUCKETS[0]:g} to {NORM_BUCKETS[-1]:g}.\n"
         ),
+        "## Recorded by Prometheus\n",
+        *_recorded(),
         "## From the monitor\n",
-        "Names that are reserved; no release exports them yet.\n",
+        (
+            "`gradwatch monitor` exports them at `/metrics`, for each live run. They are about the run "
+            "as a whole, and carry the label `run` alone.\n"
+        ),
         *_table(MONITOR),
     ]
     return "\n".join(lines) + "\n"
@@ -43,6 +51,13 @@ def _table(table: tuple[Metric, ...]) -> list[str]:
         labels = ", ".join(f"`{label}`" for label in metric.labels)
         rows.append(f"| `{metric.name}` | {metric.type} | {labels} | {metric.meaning} |")
     return rows
+
+
+def _recorded() -> list[str]:
+    """Each recording rule, as it stands in the file, in place of a meaning."""
+    text = (RULES / "recording_rules.yml").read_text()
+    found = re.findall(r"- record: (\S+)\n\s+expr: \|\n((?: {10}.*\n)+)", text)
+    return [f"`{name}`:\n\n```\n{textwrap.dedent(expr)}```\n" for name, expr in found]
 
 
 def settings() -> str:

@@ -1,0 +1,87 @@
+"""Metrics, alerts and settings: what is in the code is in the rules' terms and in the docs."""
+
+import re
+from pathlib import Path
+
+import pytest
+from alerting import SHIPPED
+
+from gradwatch import metrics
+from gradwatch.config import Settings
+
+DOCS = Path(__file__).parents[2] / "docs"
+ALERTS = (SHIPPED / "alert_rules.yml").read_text()
+RULES = {path.name: path.read_text() for path in SHIPPED.glob("*_rules.yml")}
+RUNBOOK = (DOCS / "runbook.md").read_text()
+NAMES = re.findall(r"- alert: (\w+)", ALERTS)
+
+
+def documented(page, heading=""):
+    """The names in the first column of a page's tables."""
+    text = (DOCS / page).read_text().split(heading or None, 1)[-1]
+    return re.findall(r"^\| `(\w+)` \|", text, flags=re.MULTILINE)
+
+
+def test_every_metric_is_documented():
+    """And no other, each once."""
+    assert sorted(documented("metrics.md")) == sorted(metrics.BY_NAME)
+
+
+def test_every_setting_is_documented():
+    """And no other, each once."""
+    variables = [f"GRADWATCH_{name.upper()}" for name in Settings.model_fields]
+    assert sorted(documented("settings.md")) == sorted(variables)
+
+
+def test_every_recorded_series_is_documented():
+    """With its expression."""
+    page = (DOCS / "metrics.md").read_text()
+    recorded = re.findall(r"- record: (\S+)", RULES["recording_rules.yml"])
+    assert recorded
+    for name in recorded:
+        assert f"`{name}`:" in page
+
+
+@pytest.mark.parametrize("file", RULES)
+def test_rules_ask_for_metrics_that_there_are(file):
+    """A name that nobody exports would be silent for ever."""
+    recorded = re.findall(r"- record: (\S+)", RULES["recording_rules.yml"])
+    asked = set(re.findall(r"\b(?:run:)?gradwatch_\w+(?::\w+)?", RULES[file]))
+    assert asked
+    assert asked <= set(metrics.BY_NAME) | set(recorded)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_alert_has_what_a_person_needs(name):
+    """Severity, sentences that name run and rank, and a runbook with its three parts."""
+    rule = ALERTS.split(f"- alert: {name}\n")[1].split("- alert:")[0]
+    assert re.search(r"severity: (warning|critical)\n", rule)
+    for annotation in ("summary", "description"):
+        text = re.search(rf"{annotation}: (.*?)(?=\n {{10}}\w|\Z)", rule, flags=re.DOTALL)[1]
+        assert "{{ $labels.run }}" in text
+        assert "rank {{ $labels.rank }}" in text
+    assert f"runbook_url: docs/runbook.md#{name.lower()}\n" in rule
+    section = RUNBOOK.split(f"\n## {name}\n")[1].split("\n## ")[0]
+    for part in ("**What it means.** ", "**How to check.** ", "**What to do.** "):
+        assert section.count(part) == 1
+
+
+def test_the_runbook_has_no_alert_that_there_is_not():
+    """Nor is one missing."""
+    assert re.findall(r"^## (.*)$", RUNBOOK, flags=re.MULTILINE) == NAMES
+
+
+def test_every_alert_is_tested():
+    """With a case in which it fires, and one in which it does not."""
+    cases = (SHIPPED / "alert_rules_test.yml").read_text().split("- eval_time: ")[1:]
+    for name in NAMES:
+        of_it = [case for case in cases if re.search(rf"alertname: {name}$", case, re.MULTILINE)]
+        assert any("exp_labels" in case or "exp_alerts: *" in case for case in of_it), name
+        assert any("exp_alerts" not in case for case in of_it), name
+
+
+def test_links_between_pages_lead_somewhere():
+    """Every relative link of the docs and the README."""
+    for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)
