@@ -303,9 +303,14 @@ class Agent:
         return self._recording.begin(optimizer, self._hooks, self._settle)
 
     def _end(self, status: RunStatus, timeout: float) -> None:
-        if self._closed:
-            return
-        self._closed = True
+        if not self._closed:
+            self._closed = True
+            self._let_go()
+        # Of an optimizer that has gone before, the run ends already: wait for that all the same.
+        self._recording.end(status, timeout)
+
+    def _let_go(self) -> None:
+        """Off the optimizer, with hooks and all."""
         self._finalizer.detach()
         for handle in self._handles:
             handle.remove()
@@ -315,7 +320,6 @@ class Agent:
             self._hooks.new_attempt(optimizer, NullTape())
             if self._scaler is not None:
                 self._scaler.off(optimizer)
-        self._recording.end(status, timeout)
 
     def _settle(self) -> None:
         """Put on record the last steps, where their numbers are on a device still."""

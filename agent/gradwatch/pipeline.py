@@ -139,9 +139,10 @@ class Pipeline:
     def close(self, channel: Channel, status: RunStatus | None, timeout: float) -> None:
         """Store what is left of this channel, end its run, and let go of its ring.
 
-        Waits `timeout` seconds at most.
+        Waits `timeout` seconds at most. One that ends already keeps its status.
         """
-        channel.end(status, self.clock.monotonic() + timeout)
+        if not channel.closing:
+            channel.end(status, self.clock.monotonic() + timeout)
         self._wake.set()
         # The worker gives up at the deadline; the rest is for a store call that hangs.
         channel.closed.wait(timeout + EXIT_SECONDS)

@@ -162,7 +162,8 @@ def main() -> None:
         "GRADWATCH_STORE": f"sqlite:///{folder}/gradwatch.db",
         "GRADWATCH_SD_DIR": str(folder / "targets"),
     }
-    for kind in (signal.SIGTERM, signal.SIGHUP):
+    # SIGINT too: a shell may have it ignored, which the sample job would inherit.
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(kind, _interrupt)
     running: list[tuple[_Part, subprocess.Popen[bytes]]] = []
     try:

@@ -89,6 +89,20 @@ def test_an_optimizer_that_is_gone_ends_its_run():
     assert agent.flush()
 
 
+def test_closing_waits_for_the_run_of_an_optimizer_that_is_gone(monkeypatch):
+    """It ends by itself, in the worker's own time; who calls close() finds it stored."""
+    monkeypatch.setenv("GRADWATCH_DRAIN_INTERVAL", "0.5")
+    optimizer = sgd()
+    sink = MemorySink()
+    agent = Agent(optimizer, store=sink, metrics_port=None)
+    step_once(optimizer)
+    assert agent.flush()
+    del optimizer
+    gc.collect()
+    agent.close()
+    assert sink.statuses == ["finished"]
+
+
 def test_closed_agents_are_not_kept():
     """Nor what they hold."""
     _, optimizer = one_parameter()
