@@ -21,6 +21,7 @@ check: .venv/.installed
 	$(BIN)/mypy agent monitor dashboards
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+	$(BIN)/python -m gradwatch_dashboards.grafana.build --check
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/step.py
@@ -43,6 +44,7 @@ bench-peers: .venv-peers/.installed
 
 docs: .venv/.installed
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m gradwatch_dashboards.grafana.build
 
 # What docker-compose.yml mounts: passwords (unless they are there), and where jobs leave targets.
 compose-files:

@@ -40,7 +40,7 @@ def found(path, program, package):
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def server_program():
     """The path of a server's program."""
     return lambda program, package: found(shutil.which(program), program, package)

@@ -7,6 +7,7 @@ GradwatchError
 ├── NonFiniteGradientError (RuntimeError)  on_nonfinite="raise"
 ├── NotControllableError (RuntimeError)  a running job that cannot be changed from outside
 ├── RingError                            a flight-recorder file that cannot be used
+├── GrafanaError                         a Grafana server that is out of reach, or refuses
 └── StoreError                           the database
     ├── StoreNotFoundError (LookupError)   no store at that URL
     ├── StoreRevisionError               a schema this version does not know
@@ -19,6 +20,7 @@ __all__ = [
     "AlreadyWrappedError",
     "ConfigurationError",
     "GradwatchError",
+    "GrafanaError",
     "NonFiniteGradientError",
     "NotControllableError",
     "NotWrappedError",
@@ -65,6 +67,10 @@ class NotControllableError(GradwatchError, RuntimeError):
 
 class RingError(GradwatchError):
     """A flight-recorder file cannot be created, or is not one."""
+
+
+class GrafanaError(GradwatchError):
+    """A Grafana server could not be reached, or did not do what was asked of it."""
 
 
 class StoreError(GradwatchError):

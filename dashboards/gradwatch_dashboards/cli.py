@@ -8,7 +8,13 @@ import typer
 from rich.markup import escape
 
 from gradwatch.errors import ConfigurationError, GradwatchError
-from gradwatch_dashboards import control_verbs, reading_verbs, service_verbs, store_verbs
+from gradwatch_dashboards import (
+    control_verbs,
+    grafana_verbs,
+    reading_verbs,
+    service_verbs,
+    store_verbs,
+)
 from gradwatch_dashboards.terminal import NOT_FOUND, USAGE, err
 
 __all__ = ["app", "main"]
@@ -36,6 +42,7 @@ for verb in (
 ):
     app.command()(verb)
 app.add_typer(store_verbs.app, name="store")
+app.add_typer(grafana_verbs.app, name="grafana")
 
 
 def main() -> None:

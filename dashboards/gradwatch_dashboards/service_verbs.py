@@ -81,7 +81,7 @@ def monitor(
     """Watch a store beside its jobs: recover what killed ones left, answer Prometheus; until Ctrl-C."""
     import signal  # noqa: PLC0415
 
-    from gradwatch.config import redact  # noqa: PLC0415
+    from gradwatch.config import Settings, redact  # noqa: PLC0415
     from gradwatch_monitor.service import Service  # noqa: PLC0415
 
     permit(address, trusted=trusted_network)
@@ -92,8 +92,15 @@ def monitor(
         else:
             _tell_recovered(found)
 
+    settings = Settings.load()
     service = Service(
-        store_url(store), address=address, port=port, interval=interval, report=report
+        store_url(store),
+        address=address,
+        port=port,
+        interval=interval,
+        report=report,
+        sd_dir=settings.sd_dir,
+        advertised=settings.advertised_addr,
     )
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda *_: service.stop())

@@ -22,12 +22,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from gradwatch.config import redact, resolve_store
 from gradwatch.errors import ConfigurationError, GradwatchError, StoreNotFoundError
 from gradwatch.recovery import recover
+from gradwatch.sinks.file_sd import TargetFile
 from gradwatch.troubles import Troubles
 from gradwatch_monitor.store import Store
 from gradwatch_monitor.watching import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from gradwatch.recovery import Recovered
     from gradwatch_monitor.rows import Run
@@ -46,6 +48,8 @@ class Service:
         port: TCP port; 0: any.
         interval: seconds between two rounds.
         report: is told of each flight recorder that was stored.
+        sd_dir: where a file tells Prometheus of it, for as long as it runs (`file_sd_configs`).
+        advertised: under which name or address Prometheus reaches it; default: `address`.
 
     Raises `ConfigurationError` where the port is taken.
     """
@@ -58,6 +62,8 @@ class Service:
         port: int = 9496,
         interval: float = 15.0,
         report: Callable[[Recovered], None] = lambda _: None,
+        sd_dir: Path | None = None,
+        advertised: str | None = None,
     ) -> None:
         self.store = resolve_store(store)
         self.interval = interval
@@ -76,17 +82,28 @@ class Service:
             raise ConfigurationError(msg) from None
         self._server.daemon_threads = True
         self._server.service = self  # type: ignore[attr-defined]
-        host = f"[{address}]" if ":" in address else address
-        self.url = f"http://{host}:{self._server.server_port}/"
+        self.url = self._url_at(address)
+        self._target: TargetFile | None = None
+        if sd_dir is not None:
+            here = "127.0.0.1" if address in {"0.0.0.0", "::", ""} else address  # noqa: S104
+            self._target = TargetFile(sd_dir, self._url_at(advertised or here), self._troubles)
+
+    def _url_at(self, host: str) -> str:
+        shown = f"[{host}]" if ":" in host else host
+        return f"http://{shown}:{self._server.server_port}/"
 
     def run(self) -> None:
         """Make rounds until `stop` is called; nothing that goes wrong in one ends it."""
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
         try:
             while not self._stop.is_set():
+                if self._target is not None:
+                    self._target.keep(time.monotonic())
                 self.round()
                 self._stop.wait(self.interval)
         finally:
+            if self._target is not None:
+                self._target.remove()
             self._server.shutdown()
             self._server.server_close()
 

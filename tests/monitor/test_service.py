@@ -84,6 +84,20 @@ def test_it_tells_prometheus_where_live_runs_are():
     assert {name for name in labels if not name.startswith("__")} == set()
 
 
+def test_prometheus_finds_the_monitor_by_a_file(monkeypatch):
+    """Under the address that it is told to have, for as long as it runs."""
+    monkeypatch.setenv("GRADWATCH_SD_DIR", "targets")
+    monkeypatch.setenv("GRADWATCH_ADVERTISED_ADDR", "monitor.cluster")
+    with monitor() as (url, process):
+        wait_until(lambda: list(Path("targets").glob("*.json")))
+        (path,) = Path("targets").glob("*.json")
+        (entry,) = json.loads(path.read_text())
+        assert entry["targets"] == [f"monitor.cluster:{url.rsplit(':', 1)[1].rstrip('/')}"]
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=30)
+        assert not path.exists()
+
+
 def test_a_store_that_cannot_be_read_is_not_healthy():
     """It says why, and is well again once that is mended; nothing ends it."""
     Path("gradwatch.db").write_text("no database\n" * 100)
