@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import hypothesis
 import pytest
@@ -38,6 +39,21 @@ def found(path, program, package):
             pytest.fail(message)
         pytest.skip(message)
     return path
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Call the command line as the console script does: status, output, errors."""
+    from gradwatch_dashboards import cli
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gradwatch", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture(scope="session")

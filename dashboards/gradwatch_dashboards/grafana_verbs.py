@@ -71,12 +71,12 @@ def push(
             f"Admin for the data source; put it into {_TOKEN} or a file for --token-file"
         )
         raise ConfigurationError(msg)
-    api = pushing.connect(url, token.strip())
     done = []
-    for one in pushing.push(api, prometheus=prometheus_url, ui=ui_url, dry_run=dry_run):
-        done.append(one._asdict())
-        if not as_json:
-            would = "would be " if dry_run and one.state != "as it was" else ""
-            out.print(f"{one.kind:11} {escape(one.name):24} {would}{one.state}")
+    with pushing.connect(url, token.strip()) as api:
+        for one in pushing.push(api, prometheus=prometheus_url, ui=ui_url, dry_run=dry_run):
+            done.append(one._asdict())
+            if not as_json:
+                would = "would be " if dry_run and one.state != "as it was" else ""
+                out.print(f"{one.kind:11} {escape(one.name):24} {would}{one.state}")
     if as_json:
-        print_json({"url": api.url, "dry_run": dry_run, "pushed": done})
+        print_json({"url": url, "dry_run": dry_run, "pushed": done})

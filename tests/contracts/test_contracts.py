@@ -15,10 +15,11 @@ import gradwatch
 import gradwatch_dashboards
 import gradwatch_monitor
 from gradwatch.config import Settings
-from gradwatch_dashboards import cli, store_verbs
+from gradwatch_dashboards import cli, grafana_verbs, store_verbs
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = (gradwatch, gradwatch_monitor, gradwatch_dashboards)
+GROUPS = {"": cli, "store": store_verbs, "grafana": grafana_verbs}
 README = (ROOT / "README.md").read_text()
 
 
@@ -48,9 +49,10 @@ def test_all_is_complete_and_sorted(name):
     assert exported == sorted(exported, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
     for public in exported:
         assert hasattr(module, public) or public == "Settings"
-    verbs = {command.callback.__name__ for command in cli.app.registered_commands}
-    verbs |= {command.callback.__name__ for command in store_verbs.app.registered_commands}
-    assert defined - (verbs if module in {cli, store_verbs} else set()) <= set(exported)
+    verbs = set()
+    if module in GROUPS.values():
+        verbs = {command.callback.__name__ for command in module.app.registered_commands}
+    assert defined - verbs <= set(exported)
 
 
 def test_importing_has_no_effect_and_is_light():
@@ -78,10 +80,13 @@ print(json.dumps([new, threading.active_count(), os.listdir(".") == files, secon
 
 def test_readme_names_every_verb_and_no_other():
     """The table of the command line is the command line."""
-    verbs = {c.callback.__name__ for c in cli.app.registered_commands}
-    verbs |= {f"store {c.callback.__name__}" for c in store_verbs.app.registered_commands}
+    verbs = {
+        f"{group} {command.callback.__name__}".strip()
+        for group, module in GROUPS.items()
+        for command in module.app.registered_commands
+    }
     table = README.split("## On the command line")[1].split("\n## ")[0]
-    named = re.findall(r"`gradwatch ((?:store )?[a-z]+)", table)
+    named = re.findall(r"`gradwatch ((?:store |grafana )?[a-z]+)", table)
     assert set(named) == verbs
 
 

@@ -16,23 +16,8 @@ from stores import write_run
 
 import gradwatch_monitor
 from gradwatch import ClipNorm, TargetRatio
-from gradwatch_dashboards import cli
 from gradwatch_monitor import Store, recommend
 from gradwatch_monitor.applying import Stated, applied
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line as the console script does: status, output, errors."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradwatch", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def requests():

@@ -18,20 +18,6 @@ from gradwatch_dashboards import cli, store_verbs
 from gradwatch_monitor import Store, recommend, service
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line as the console script does: status, output, errors."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradwatch", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return call
-
-
 def test_runs(run):
     """A table for people, the same as JSON for programs."""
     write_run(run="one", steps=7, tags={"lr": 3})

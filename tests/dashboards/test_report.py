@@ -4,7 +4,6 @@ import html
 import json
 import re
 import sqlite3
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,25 +12,10 @@ import pytest
 from live import live
 from stores import lognormal, write_run
 
-from gradwatch_dashboards import cli
 from gradwatch_monitor import Store, recommend
 from gradwatch_monitor.applying import applied, recommended, wait
 
 HOSTILE = '<script>document.title="gone"</script>"><img src=http://127.0.0.1:9/x onerror=alert(1)>'
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Call the command line as the console script does: status, output, errors."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradwatch", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 class Page(HTMLParser):

@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-import sys
 import time
 
 import numpy as np
@@ -18,7 +17,6 @@ from gradwatch.recorder import STEP_DTYPE
 from gradwatch.records import Batch, Event, LayerNorms
 from gradwatch.sinks.database import DatabaseSink
 from gradwatch.testing import run_info
-from gradwatch_dashboards import cli
 from gradwatch_monitor import Store, copying, integrity, retention
 from gradwatch_monitor.maintenance import Maintained
 
@@ -340,20 +338,6 @@ def test_a_damaged_file_is_found(tmp_path):
     whole[len(whole) // 2 : len(whole) // 2 + 3000] = b"\xa5" * 3000
     path.write_bytes(whole)
     assert integrity.check(url)
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """The command line: status, output, errors."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gradwatch", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_the_verbs(run, stores, request):

@@ -1,5 +1,4 @@
-"""A real Prometheus scrapes a real training process; what it has, and every panel of the Grafana
-dashboards shows, equals what SQL says."""
+"""A real Prometheus scrapes a real job: what it has, and every Grafana panel shows, is what SQL says."""
 
 import json
 import time
@@ -48,7 +47,9 @@ def test_counters_of_every_scrape_equal_sql(watched):
         seen = {tuple(int(series[name][t]) for name in KINDS) for t in scrapes}
         assert len(seen) >= 6  # of which most in the middle of the run
         for scrape in seen:
-            assert tuple(watched.count(run, kind, stop=scrape[0]) for kind in KINDS.values()) == scrape
+            assert (
+                tuple(watched.count(run, kind, stop=scrape[0]) for kind in KINDS.values()) == scrape
+            )
 
 
 def test_everything_scraped_is_finite(watched):
@@ -172,13 +173,19 @@ def expected(truth):
     every = {run: t.rate(run) for run in RUNS}
     steps, increase = total("steps"), t.increase
     info = {run: t.info(run) for run in RUNS}
-    firing = {("GradwatchNonfiniteGradients", "noisy"): near(1)} if total("nonfinite_steps")["noisy"] else {}
-    first, stop, seconds = t.span("noisy")
+    firing = (
+        {("GradwatchNonfiniteGradients", "noisy"): near(1)}
+        if total("nonfinite_steps")["noisy"]
+        else {}
+    )
+    *_, seconds = t.span("noisy")
     none = {}
     run = ("run",)
     alone = ()
+
     def one(value, **approximately):
         return {(): near(value, **approximately)}
+
     return {
         ("overview", 1, "A"): (alone, one(t.w.sql("SELECT count(*) FROM runs WHERE status = 'running'")[0][0])),
         ("overview", 2, "A"): (alone, one(sum(every.values()))),
@@ -223,9 +230,7 @@ def expected(truth):
         ("run", 13, "C"): (alone, one(0)),
         ("run", 14, "A"): (("le",), heat(t.norms("noisy"), seconds)),
         ("run", 15, "A"): (("le",), heat(t.norms("noisy", "post_norm"), seconds)),
-        ("run", 16, "A"): (("finding",), {(name,): 1 for (name,) in t.w.sql(
-            "SELECT finding FROM findings f JOIN runs ON runs.id = run_id WHERE name = 'noisy' "
-            "AND found_at < ? AND (f.ended_at IS NULL OR f.ended_at > ?)", t.w.at - 1.5, t.w.at)}),
+        ("run", 16, "A"): (("finding",), dict.fromkeys(t.w.sql("SELECT finding FROM findings f JOIN runs ON runs.id = run_id WHERE name = 'noisy' " "AND found_at < ? AND (f.ended_at IS NULL OR f.ended_at > ?)", t.w.at - 1.5, t.w.at), 1)),
         ("run", 17, "A"): (tuple(info["noisy"]), {tuple(info["noisy"].values()): 1}),
         ("agent", 1, "A"): (alone, one(t.w.sql("SELECT count(DISTINCT metrics_url) FROM runs")[0][0])),
         ("agent", 2, "A"): (alone, none),
@@ -307,12 +312,17 @@ def test_the_choice_of_runs_is_what_sql_has(watched):
         (query,) = {
             variable["query"]["query"]
             for dashboard in ("overview", "run", "agent")
-            for variable in json.loads((DASHBOARDS / f"{dashboard}.json").read_text())["templating"]["list"]
+            for variable in json.loads((DASHBOARDS / f"{dashboard}.json").read_text())[
+                "templating"
+            ]["list"]
             if variable["name"] == name
         }
         selector = query.removeprefix("label_values(").removesuffix(f", {name})")
         parameters = {"match[]": filled_in(selector, ".*")}
-        assert ask(f"{watched.url}/api/v1/label/{name}/values", **parameters)["data"] == expected_values
+        assert (
+            ask(f"{watched.url}/api/v1/label/{name}/values", **parameters)["data"]
+            == expected_values
+        )
     assert [name for (name,) in watched.sql("SELECT name FROM runs ORDER BY name")] == sorted(RUNS)
 
 

@@ -200,15 +200,15 @@ def agent() -> Dashboard:
         "and on (job, instance, process) up == 0"
     )
     for panel in (
-        figure(1, "Exporters that answer", now(f"count(up == 1 {mine})"), "short", empty="none"),
-        figure(2, "Runs whose exporter does not", now(f"count({gone})"), "short", empty="0", bad_from=1,
+        figure(1, "Exporters that answer", now(f"count(up == 1 {mine})"), "short", empty="none", span=6),
+        figure(2, "Runs whose exporter does not", now(f"count({gone})"), "short", empty="0", bad_from=1, span=6,
                says="Of a run that went on when it was last seen, within a day."),
         figure(3, "Records not stored yet", now(f"sum(gradwatch_recorder_backlog_records{{{_ALL}}})"),
-               "short", empty=_NO_RUN),
+               "short", empty=_NO_RUN, span=6),
         figure(4, "Of a step's time",
                now(f"sum(rate(gradwatch_overhead_seconds_total{{{_ALL}}}[{_RATE}])) / "
                    f"(sum(rate(gradwatch_steps_total{{{_ALL}}}[{_RATE}])) > 0)"), "s",
-               empty="no steps", says="On the training thread: measuring, clipping, recording."),
+               empty="no steps", span=6, says="On the training thread: measuring, clipping, recording."),
         curves(5, "Records not stored yet",
                [over_time(f"gradwatch_recorder_backlog_records{{{_ALL}}}", _SERIES)], "short",
                empty=_NO_RUN),

@@ -41,12 +41,13 @@ def figure(
     empty: str,
     bad_from: float | None = None,
     says: str = "",
+    span: int = 4,
 ) -> stat.Panel:
     """One number; red from `bad_from` on."""
     return (
         stat.Panel()
         .id(panel).title(title).description(says).datasource(SOURCE)
-        .unit(unit).no_value(empty).height(4).span(4)
+        .unit(unit).no_value(empty).height(4).span(span)
         .reduce_options(common_builders.ReduceDataOptions().calcs(["lastNotNull"]))
         .graph_mode(common.BigValueGraphMode.NONE)
         .thresholds(_thresholds((None, "text"), *([(bad_from, _BAD)] if bad_from is not None else [])))

@@ -6,6 +6,7 @@ nothing. What a person has set on the data source (authentication, another addre
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import urllib.parse
@@ -26,6 +27,8 @@ FOLDER = "gradwatch"  # its uid
 OLDEST = 10  # the first major version with all that the dashboards use
 _HERE = Path(__file__).parent / "dashboards"
 
+_ANOTHER = "{} does not answer as Grafana does: is it another server, or under another path?"
+
 State = Literal["created", "changed", "as it was"]
 
 
@@ -37,7 +40,8 @@ class Pushed(NamedTuple):
     state: State
 
 
-def connect(url: str, token: str, *, timeout: float = 10.0) -> GrafanaApi:
+@contextlib.contextmanager
+def connect(url: str, token: str, *, timeout: float = 10.0) -> Iterator[GrafanaApi]:
     """A server's API, once the server has said that it is one and new enough.
 
     Args:
@@ -62,21 +66,22 @@ def connect(url: str, token: str, *, timeout: float = 10.0) -> GrafanaApi:
     path = parsed.path.rstrip("/") + "/"
     base = urllib.parse.urlunsplit((parsed.scheme, parsed.netloc, path, "", ""))
     api: GrafanaApi = GrafanaApi.from_url(base, token, timeout=timeout)
-    told = _asking(base, "does not answer as Grafana does", api.client.GET, "/frontend/settings")
-    version = (
-        str((told.get("buildInfo") or {}).get("version", "")) if isinstance(told, dict) else ""
-    )
-    major = re.match(r"\d+", version)
-    if major is None:
-        msg = (
-            f"{base} does not answer as Grafana does: is it another server, or under another path?"
-        )
-        raise GrafanaError(msg)
-    if int(major[0]) < OLDEST:
-        msg = f"{base} is Grafana {version}; the dashboards need version {OLDEST} or later"
-        raise GrafanaError(msg)
-    api.url = base
-    return api
+    with contextlib.closing(api.client.s):
+        told = _asking(base, "is no Grafana", api.client.GET, "/frontend/settings")
+        version = _version(told)
+        major = re.match(r"\d+", version)
+        if major is None:
+            raise GrafanaError(_ANOTHER.format(base))
+        if int(major[0]) < OLDEST:
+            msg = f"{base} is Grafana {version}; the dashboards need version {OLDEST} or later"
+            raise GrafanaError(msg)
+        yield api
+
+
+def _version(settings: Any) -> str:
+    """Of what a server says of itself; empty where it is no Grafana's."""
+    told = settings.get("buildInfo") if isinstance(settings, dict) else None
+    return str(told.get("version", "")) if isinstance(told, dict) else ""
 
 
 def push(
@@ -197,8 +202,7 @@ def _asking(
         msg = f"{url} does not answer: {_reason(error)}"
         raise GrafanaError(msg) from None
     except ValueError:  # no JSON
-        msg = f"{url} does not answer as Grafana does: is it another server, or under another path?"
-        raise GrafanaError(msg) from None
+        raise GrafanaError(_ANOTHER.format(url)) from None
 
 
 def _reason(error: Exception) -> str:
