@@ -1,4 +1,4 @@
-"""Handwritten digits (Alpaydin, Kaynak 1998), and two tables of the same library."""
+"""Handwritten digits (Alpaydin, Kaynak 1998), two tables of the same library, and a survey."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 
 import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from statsmodels.datasets import anes96
 from torch import nn
 
 from workloads.workload import Workload, seeded
@@ -24,6 +25,15 @@ def table(name):
     data = {"cancer": load_breast_cancer, "diabetes": load_diabetes}[name]()
     x = torch.tensor(data.data, dtype=torch.float32)
     return (x - x.mean(0)) / x.std(0), torch.tensor(data.target)
+
+
+@functools.cache
+def survey():
+    """944 voters of 1996: standardised answers, and the party they are nearest to, of seven."""
+    data = anes96.load_pandas().data.drop(columns=["vote"])
+    parties = torch.tensor(data.pop("PID").to_numpy(), dtype=torch.int64)
+    x = torch.tensor(data.to_numpy(), dtype=torch.float32)
+    return (x - x.mean(0)) / x.std(0), parties
 
 
 def _batches(count, batch, generator):
@@ -125,6 +135,17 @@ def calm(seed):
         1000,
         batch=64,
         data=lambda: table("cancer"),
+    )
+
+
+def perceptron_survey(seed):
+    """A perceptron on a survey, by SGD."""
+
+    def model():
+        return nn.Sequential(nn.Linear(survey()[0].shape[1], 64), nn.ReLU(), nn.Linear(64, 7))
+
+    return _classifier(
+        model, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), seed, 1000, data=survey
     )
 
 

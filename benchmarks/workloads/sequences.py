@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import torch
-from statsmodels.datasets import co2, sunspots
+from statsmodels.datasets import co2, elnino, sunspots
 from torch import nn
 
 from workloads.workload import Workload, seeded
@@ -51,6 +51,7 @@ def series(name):
     column = {
         "sunspots": lambda: sunspots.load_pandas().data["SUNACTIVITY"],
         "co2": lambda: co2.load_pandas().data["co2"].interpolate().diff(),
+        "elnino": lambda: elnino.load_pandas().data.iloc[:, 1:].stack(),
     }[name]().dropna()
     values = torch.tensor(column.to_numpy(), dtype=torch.float32)
     return (values - values.mean()) / values.std()
@@ -124,6 +125,33 @@ def lstm_adding(seed):
 def gru_sunspots(seed):
     """A GRU on the yearly sunspot numbers since 1700."""
     return _series("sunspots", lambda: nn.GRU(1, 32, batch_first=True), _sgd(0.05), seed, 800)
+
+
+class Months(nn.Module):
+    """A transformer's encoder over the months before."""
+
+    def __init__(self, length=24, width=32):
+        super().__init__()
+        self.embed, self.place = nn.Linear(1, width), nn.Parameter(0.1 * torch.randn(length, width))
+        layer = nn.TransformerEncoderLayer(width, 4, 64, dropout=0.0, batch_first=True)
+        self.body = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x):
+        return self.head(self.body(self.embed(x) + self.place)[:, -1])
+
+
+def transformer_elnino(seed, steps=800, length=24, batch=32):
+    """A small transformer on the sea's monthly temperature off Peru since 1950."""
+    seeded(seed)
+    values, model = series("elnino"), Months(length)
+
+    def loss():
+        starts = torch.randint(0, len(values) - length - 1, (batch,)).tolist()
+        rows = torch.stack([values[s : s + length + 1] for s in starts])
+        return nn.functional.mse_loss(model(rows[:, :-1, None]), rows[:, -1:])
+
+    return Workload(model, torch.optim.AdamW(model.parameters(), lr=1e-3), loss, steps)
 
 
 # -- to tune on ----------------------------------------------------------------------------------

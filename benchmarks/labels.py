@@ -1,0 +1,115 @@
+"""Which verdict is right for each reported job: by training it, not by asking the recommender.
+
+With five seeds that no other table uses: runs at `ClipNorm(1.0)`, and runs at the constant that the
+simplest method reads from another seed's run at 1.0, the 80th percentile of its norms after the
+first fifth. Whatever is told of the clipped share is of the steps after the first fifth.
+
+- not_needed: at 1.0 no seed clips more than 5 % of the steps;
+- keep: at 1.0, four of five seeds lie in the band;
+- change: at the constant, four of five seeds lie in the band, and within each of them the share moves
+  by no more than 10 points, which is from 20 % to the edge of the band (standard deviation over eight
+  windows, less what chance makes);
+- use_policy: none of these. `fix_training` is what a job is made to be.
+
+    .venv/bin/python benchmarks/labels.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from workloads import REPORTED, TUNING, train
+
+import gradwatch
+from gradwatch.testing import MemorySink
+
+SEEDS = range(20, 25)
+BAND = (0.10, 0.30)
+RARELY, STEADY, WINDOWS, ENOUGH = 0.05, 0.10, 8, 4
+JOBS = {**REPORTED, **TUNING}
+
+
+def run(task):
+    """The norms and the clip flags after the first fifth of one run."""
+    job, threshold, seed = task
+    torch.set_num_threads(1)
+    workload, sink = JOBS[job].make(seed), MemorySink()
+    agent = gradwatch.Agent(
+        workload.optimizer, clip=gradwatch.ClipNorm(threshold), store=sink, metrics_port=None
+    )
+    train(workload, agent)
+    agent.close()
+    rows = sink.rows[len(sink.rows) // 5 :]
+    return rows["pre_norm"], rows["flags"] & 1
+
+
+def unsteadiness(clipped):
+    """How the share moves over the windows, in its own unit."""
+    share = clipped.mean()
+    chance = share * (1 - share) * WINDOWS / len(clipped)
+    windows = [window.mean() for window in np.array_split(clipped, WINDOWS)]
+    return math.sqrt(max(0.0, np.var(windows) - chance))
+
+
+def label(job, at_one, held):
+    """The verdict that the runs call for."""
+    if JOBS[job].expected == "fix_training":
+        return "fix_training"
+    ratios = [clipped.mean() for _, clipped in at_one]
+    if max(ratios) <= RARELY:
+        return "not_needed"
+    if sum(BAND[0] <= ratio <= BAND[1] for ratio in ratios) >= ENOUGH:
+        return "keep"
+    good = [BAND[0] <= c.mean() <= BAND[1] and unsteadiness(c) <= STEADY for _, c in held]
+    return "change" if sum(good) >= ENOUGH else "use_policy"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tuning", action="store_true", help="the jobs that the rules come from")
+    parser.add_argument("--only", choices=JOBS)
+    arguments = parser.parse_args()
+    jobs = [arguments.only] if arguments.only else list(TUNING if arguments.tuning else REPORTED)
+    table = Table(box=box.MARKDOWN)
+    for heading in ("job", "label", "clipped at 1.0, %", "constants", "clipped at these, %",
+                    "moves by, points"):  # fmt: skip
+        table.add_column(heading)
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        at_one = dict(zip(jobs, _by_job(pool, jobs, [[1.0] * len(SEEDS)] * len(jobs)), strict=True))
+        constants = {
+            job: [float(np.nanquantile(norms, 0.8)) for norms, _ in at_one[job]] for job in jobs
+        }
+        turned = [constants[job][-1:] + constants[job][:-1] for job in jobs]
+        held = dict(zip(jobs, _by_job(pool, jobs, turned), strict=True))
+    for job in jobs:
+        table.add_row(
+            job, label(job, at_one[job], held[job]), _percent(c.mean() for _, c in at_one[job]),
+            " ".join(f"{c:.3g}" for c in constants[job]), _percent(c.mean() for _, c in held[job]),
+            _percent(unsteadiness(c) for _, c in held[job]),
+        )  # fmt: skip
+    Console(width=160, highlight=False).print(table)
+
+
+def _by_job(pool, jobs, thresholds):
+    tasks = [
+        (job, threshold, seed)
+        for job, those in zip(jobs, thresholds, strict=True)
+        for threshold, seed in zip(those, SEEDS, strict=True)
+    ]
+    runs = pool.map(run, tasks, chunksize=1)
+    return [runs[i : i + len(SEEDS)] for i in range(0, len(runs), len(SEEDS))]
+
+
+def _percent(values):
+    return " ".join(f"{100 * value:.0f}" for value in values)
+
+
+if __name__ == "__main__":
+    main()
