@@ -1,4 +1,4 @@
-"""Stores written by real runs, for tests that read them."""
+"""Stores written by real runs, and long ones written as the worker does, for tests that read them."""
 
 import math
 
@@ -8,6 +8,13 @@ from loops import mlp, set_gradients
 
 import gradwatch
 from gradwatch import Agent
+from gradwatch.recorder import FLAGS, STEP_DTYPE
+from gradwatch.records import Batch
+from gradwatch.sinks.database import DatabaseSink
+from gradwatch.testing import run_info
+
+NOW = 1_700_000_000.0
+NUMBERS = ("loss", "pre_norm", "post_norm", "threshold", "loss_scale")
 
 
 def write_run(store="gradwatch.db", *, run="first", steps=300, nan_at=(), seed=0, close=True,
@@ -40,3 +47,48 @@ def write_run(store="gradwatch.db", *, run="first", steps=300, nan_at=(), seed=0
 def lognormal(count, *, middle=1.0, spread=0.5, seed=0):
     """Norms as healthy runs have them."""
     return middle * np.exp(spread * np.random.default_rng(seed).normal(size=count))
+
+
+def records(start, count, seed=0, odd=0.02):
+    """Steps of which some are NaN, inf, 0 or huge."""
+    pick = np.random.default_rng(seed)
+    steps = np.zeros(count, STEP_DTYPE)
+    steps["step"], steps["time"] = np.arange(start, start + count), NOW + np.arange(count)
+    for name in NUMBERS:
+        steps[name] = pick.lognormal(0, 0.5, count)
+        for value in (math.nan, math.inf, 0.0, 1e100):
+            steps[name][pick.random(count) < odd] = value
+    steps["threshold"] = np.where(np.isfinite(steps["threshold"]), 1.0, math.nan)
+    steps["flags"] = pick.choice([0, 0, 0, *vars_of_flags()], count)
+    return steps
+
+
+def vars_of_flags():
+    return [FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED]
+
+
+class Job:
+    """An attempt as the worker stores it: batches and a cursor."""
+
+    def __init__(self, url, ring, start, **info):
+        self.sink = DatabaseSink(url, lambda: NOW)
+        self.run = self.sink.open(run_info(ring=ring, uid="u", start_step=start, **info))
+        self.at = 0
+
+    def write(self, steps, passed=None):
+        """Store some; `passed` are how many the cursor moves, where some were lost."""
+        end = self.at + (len(steps) if passed is None else passed)
+        batch = Batch(steps, (), (), (), (self.at, 0), (end, 0), {})
+        self.sink.write(self.run, batch)
+        self.at = end
+
+    def end(self, status="finished"):
+        self.sink.close(self.run, status)
+
+
+def write(url, steps, ring="ring", every=20_000):
+    """A whole run."""
+    job = Job(url, ring, int(steps["step"][0]))
+    for part in np.split(steps, range(every, len(steps), every)):
+        job.write(part)
+    job.end()

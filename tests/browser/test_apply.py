@@ -29,7 +29,7 @@ def marks(page):
 
 def test_a_recommendation_is_applied_and_undone(page, serve, screenshot):
     """Click, confirm: the job clips at it from a step on, which every chart marks; and back."""
-    with live(tags={"lr": 0.001}) as job, Store() as store:
+    with live(tags={"lr": 0.001}, middle=0.9) as job, Store() as store:
         job.until(600)
         open_run(page, serve(), "live")
         before = tables()

@@ -102,7 +102,7 @@ def test_a_job_without_remote_control_is_never_changed(run):
 
 def test_what_is_recommended_is_applied_with_what_it_promises(run):
     """The threshold of `gradwatch recommend`; its interval stays on record."""
-    with live() as job, Store() as store:
+    with live(middle=0.9) as job, Store() as store:
         job.until(1200)
         job.pause()
         assert job.agent.flush()

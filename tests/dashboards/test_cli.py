@@ -111,7 +111,7 @@ def test_show_of_a_run_with_a_finding_exits_with_1(run):
 
 def test_recommend_is_the_librarys(run):
     """The same answer as from Python, and the line to copy."""
-    write_run(norms=lognormal(1500, middle=5.0))
+    write_run(norms=lognormal(1500, middle=0.9))
     with Store("gradwatch.db") as store:
         expected = recommend(store, 1)
     status, text, _ = run("recommend", "first", "--json")

@@ -31,7 +31,7 @@ def change(number, *, step=0, reason=None, old=1.0, new=2.0):
     )  # fmt: skip
 
 
-def history(threshold=1.0, middle=5.0, count=3000):
+def history(threshold=1.0, middle=0.9, count=3000):
     norms = lognormal(count, middle=middle)
     return History(
         norms, np.full(count, threshold), norms > threshold, np.zeros(count, bool),

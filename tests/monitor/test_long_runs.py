@@ -1,7 +1,6 @@
 """Runs longer than what is read step by step: what their summaries say equals the steps themselves."""
 
 import itertools
-import math
 import sqlite3
 
 import kills
@@ -10,19 +9,15 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stores import NOW, Job, records, write
 
 from gradwatch import schema, summaries
-from gradwatch.recorder import FLAGS, STEP_DTYPE
-from gradwatch.records import Batch
+from gradwatch.recorder import FLAGS
 from gradwatch.recovery import recover
-from gradwatch.sinks.database import DatabaseSink
-from gradwatch.testing import run_info
 from gradwatch_monitor import Store, copying, integrity, recommend, retention, views
 from gradwatch_monitor.history import COLUMNS, History
 
 DAY = 86_400
-NOW = 1_700_000_000.0
-NUMBERS = ("loss", "pre_norm", "post_norm", "threshold", "loss_scale")
 
 
 @pytest.fixture(params=["sqlite", "postgres"])
@@ -32,51 +27,6 @@ def new_store(request, tmp_path):
         return request.getfixturevalue("postgres_server").new_database
     names = itertools.count()
     return lambda: f"sqlite:///{tmp_path}/{next(names)}.db"
-
-
-def records(start, count, seed=0, odd=0.02):
-    """Steps of which some are NaN, inf, 0 or huge."""
-    pick = np.random.default_rng(seed)
-    steps = np.zeros(count, STEP_DTYPE)
-    steps["step"], steps["time"] = np.arange(start, start + count), NOW + np.arange(count)
-    for name in NUMBERS:
-        steps[name] = pick.lognormal(0, 0.5, count)
-        for value in (math.nan, math.inf, 0.0, 1e100):
-            steps[name][pick.random(count) < odd] = value
-    steps["threshold"] = np.where(np.isfinite(steps["threshold"]), 1.0, math.nan)
-    steps["flags"] = pick.choice([0, 0, 0, *vars_of_flags()], count)
-    return steps
-
-
-def vars_of_flags():
-    return [FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED]
-
-
-class Job:
-    """An attempt as the worker stores it: batches and a cursor."""
-
-    def __init__(self, url, ring, start, **info):
-        self.sink = DatabaseSink(url, lambda: NOW)
-        self.run = self.sink.open(run_info(ring=ring, uid="u", start_step=start, **info))
-        self.at = 0
-
-    def write(self, steps, passed=None):
-        """Store some; `passed` are how many the cursor moves, where some were lost."""
-        end = self.at + (len(steps) if passed is None else passed)
-        batch = Batch(steps, (), (), (), (self.at, 0), (end, 0), {})
-        self.sink.write(self.run, batch)
-        self.at = end
-
-    def end(self, status="finished"):
-        self.sink.close(self.run, status)
-
-
-def write(url, steps, ring="ring", every=20_000):
-    """A whole run."""
-    job = Job(url, ring, int(steps["step"][0]))
-    for part in np.split(steps, range(every, len(steps), every)):
-        job.write(part)
-    job.end()
 
 
 def summed_up(url):
