@@ -1,8 +1,9 @@
 """Does a recommendation hold on the next run? Real jobs, run again with what was recommended.
 
 For each job and seed: run with `ClipNorm(1.0)`; ask for a recommendation; run with another seed
-under what was recommended, and under the constant in any case; ask again, and run a third time.
-Measured over the last 80 % of the steps. Beside it what simple methods would have set.
+under what was recommended, and under the constant in any case; where that was a constant, ask again of
+this run, and run a third time. Measured over the last 80 % of the steps. Beside it what simple methods
+would have set.
 
     .venv/bin/python benchmarks/closed_loop.py
     .venv/bin/python benchmarks/closed_loop.py --only "CNN, digits" --seeds 3
@@ -30,6 +31,7 @@ from gradwatch_monitor import Store, recommend
 BAND = (0.10, 0.30)
 BURN_IN = 0.2
 START = gradwatch.ClipNorm(1.0)
+CONSTANTS_ARE = {"keep", "change"}  # verdicts that recommend a constant
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +62,10 @@ class Chain:
     interval: tuple[float, float]
     recommended: Outcome  # what to run with; the first policy where nothing is to be changed
     constant: Outcome  # `threshold` in any case
-    second_verdict: str
-    second_threshold: float
-    second: Outcome
+    # After a constant was recommended: asked again of the run under it, and run once more.
+    second_verdict: str | None = None
+    moved: float | None = None  # from the first constant to the second, as a factor
+    second: Outcome | None = None
 
 
 def run(job, policy, seed, folder):
@@ -81,7 +84,7 @@ def run(job, policy, seed, folder):
         clip_ratio=float(clipped[int(BURN_IN * len(clipped)) :].mean()),
         windows=in_band(clipped),
         ended=ended(workload, losses),
-        diverged=not math.isfinite(end) or (min(losses) > 0 and end > start),
+        diverged=not math.isfinite(end) or (workload.loss_tells and end > start),
     )
     return outcome, store
 
@@ -98,17 +101,22 @@ def chain(job, seed, seeds):
         first, store = run(job, START, seed, folder)
         rec = asked(store)
         second_seed, third_seed = (seed + 1) % seeds, (seed + 2) % seeds
-        threshold = gradwatch.ClipNorm(rec.threshold)
-        constant, store = run(job, threshold, second_seed, folder)
-        policy = rec.policy or START
-        recommended = constant if policy == threshold else run(job, policy, second_seed, folder)[0]
+        offered = gradwatch.ClipNorm(rec.threshold)
+        constant, store = run(job, offered, second_seed, folder)
+        policy, recommended = rec.policy or START, constant
+        if policy != offered:
+            recommended, store = run(job, policy, second_seed, folder)
+        made = Chain(
+            job, seed, first, rec.verdict, rec.policy and str(rec.policy), rec.threshold,
+            rec.predicted_clip_ratio, rec.interval, recommended, constant,
+        )  # fmt: skip
+        if rec.verdict not in CONSTANTS_ARE:
+            return made
         again = asked(store)
-        held = rec.threshold if again.verdict == "keep" else again.threshold
-        second, _ = run(job, gradwatch.ClipNorm(held), third_seed, folder)
-    return Chain(
-        job, seed, first, rec.verdict, rec.policy and str(rec.policy), rec.threshold,
-        rec.predicted_clip_ratio, rec.interval, recommended, constant, again.verdict, held, second,
-    )  # fmt: skip
+        held = again.policy or policy
+        second, _ = run(job, held, third_seed, folder)
+        moved = held.max_norm / policy.max_norm if again.verdict in CONSTANTS_ARE else None
+        return dataclasses.replace(made, second_verdict=again.verdict, moved=moved, second=second)
 
 
 def simple(job, name, seed):

@@ -84,7 +84,8 @@ def actor_critic(seed, steps=600, poles=32, length=32):
         critic = nn.functional.mse_loss(values, advantage + values.detach())
         return 0.5 * critic - (gain + 0.01 * push.entropy()).mean()
 
-    return Workload(model, torch.optim.Adam(model.parameters(), lr=3e-3), loss, steps, job.score)
+    return Workload(model, torch.optim.Adam(model.parameters(), lr=3e-3), loss, steps, job.score,
+                    loss_tells=False)  # fmt: skip
 
 
 # -- to tune on ----------------------------------------------------------------------------------
@@ -106,4 +107,5 @@ def reinforce(seed, steps=500, poles=24, length=32):
         push = torch.distributions.Bernoulli(logits=model(before)[..., 0])
         return -(push.log_prob(right) * (gain - gain.mean())).mean()
 
-    return Workload(model, torch.optim.RMSprop(model.parameters(), lr=2e-3), loss, steps, job.score)
+    return Workload(model, torch.optim.RMSprop(model.parameters(), lr=2e-3), loss, steps, job.score,
+                    loss_tells=False)  # fmt: skip

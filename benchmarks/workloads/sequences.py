@@ -51,7 +51,7 @@ def series(name):
     column = {
         "sunspots": lambda: sunspots.load_pandas().data["SUNACTIVITY"],
         "co2": lambda: co2.load_pandas().data["co2"].interpolate().diff(),
-        "elnino": lambda: elnino.load_pandas().data.iloc[:, 1:].stack(),
+        "elnino": elnino.load_pandas().data.iloc[:, 1:].stack,
     }[name]().dropna()
     values = torch.tensor(column.to_numpy(), dtype=torch.float32)
     return (values - values.mean()) / values.std()

@@ -26,6 +26,7 @@ class Workload:
     steps: int
     score: Callable[[], float] | None = None
     schedule: Callable[[int], float] | None = None  # the share of the learning rate at a step
+    loss_tells: bool = True  # whether the loss says how it goes: a policy gradient's does not
 
 
 def train(workload, agent=None):

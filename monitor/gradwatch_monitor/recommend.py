@@ -151,11 +151,21 @@ def _faults(seen: Evidence) -> _Judgement | None:
             "find where it enters (the events name the parameter) before tuning a threshold")
         ]  # fmt: skip
     if divergence := seen.divergence():
-        return "fix_training", _kept(seen), [
-            f"the training diverged: {divergence}",
-            "lower the learning rate, or look at the initialisation; no threshold mends that",
-        ]  # fmt: skip
+        return "fix_training", *_after_divergence(seen, f"the training diverged: {divergence}")
     return None
+
+
+def _after_divergence(seen: Evidence, divergence: str) -> tuple[Policy[Any] | None, list[str]]:
+    """By SGD, to clip every step is to lower the learning rate; nothing else helps."""
+    advice = "lower the learning rate (by ten, to begin with), or look at the initialisation"
+    if not seen.steps_follow_the_gradient:
+        return _kept(seen), [divergence, f"{advice}; no threshold mends that"]
+    tight = ClipNorm(float(f"{0.1 * seen.late.quantile(0.5):.2g}"), seen.history.norm_type)
+    return tight, [
+        divergence,
+        (f"{advice}. In a further run {tight} does the same by {seen.history.optimizer}: every step "
+        "is then a tenth of what it usually was, at most"),
+    ]  # fmt: skip
 
 
 def _explosion(seen: Evidence, band: tuple[float, float]) -> _Judgement | None:
@@ -213,22 +223,37 @@ def _no_need(seen: Evidence, band: tuple[float, float]) -> _Judgement | None:
 
 def _constant(seen: Evidence, band: tuple[float, float]) -> _Judgement | None:
     """What is in force, if it does its work; or a constant near it that clips evenly."""
-    ratio, tau, (low, high) = seen.late_ratio, seen.tau, band
-    if seen.constant and ratio is not None and low / _MARGIN <= ratio <= high * _MARGIN:
-        moves = seen.unsteadiness(lambda stretch: stretch.clip_ratio)
-        evenly = (
-            f"evenly so over the run (it moves by {100 * moves:.0f} points, chance aside)"
-            if moves <= _STEADY
-            else f"where the norms are large (it moves by {100 * moves:.0f} points): a policy that "
-            "follows them would loosen there"
-        )
-        where = "inside" if low <= ratio <= high else "at the edge of"
-        return "keep", None, [
-            (f"{100 * ratio:.0f} % of the steps were clipped, {where} the band of "
-            f"{_percent(band)}, and {evenly}")
-        ]  # fmt: skip
+    low, high = band
+    return (
+        _keep(seen, band, low, high, "inside")
+        or _change(seen, band)
+        or _keep(seen, band, low / _MARGIN, high * _MARGIN, "at the edge of")
+    )
+
+
+def _keep(
+    seen: Evidence, band: tuple[float, float], low: float, high: float, where: str
+) -> _Judgement | None:
+    ratio = seen.late_ratio
+    if not seen.constant or ratio is None or not low <= ratio <= high:
+        return None
+    moves = seen.unsteadiness(lambda stretch: stretch.clip_ratio)
+    evenly = (
+        f"evenly so over the run (it moves by {100 * moves:.0f} points, chance aside)"
+        if moves <= _STEADY
+        else f"where the norms are large (it moves by {100 * moves:.0f} points): a policy that "
+        "follows them would loosen there"
+    )
+    return "keep", None, [
+        (f"{100 * ratio:.0f} % of the steps were clipped, {where} the band of "
+        f"{_percent(band)}, and {evenly}")
+    ]  # fmt: skip
+
+
+def _change(seen: Evidence, band: tuple[float, float]) -> _Judgement | None:
+    tau = seen.tau
     moves = seen.unsteadiness(lambda stretch: stretch.ratio(tau))
-    if moves > _STEADY or seen.known < _KNOWN or _is_far(seen, high):
+    if moves > _STEADY or seen.known < _KNOWN or _is_far(seen, band[1]):
         return None
     return "change", ClipNorm(tau, seen.history.norm_type), [
         *_outside(seen, band),

@@ -21,11 +21,11 @@ from gradwatch.summaries import middles
 if TYPE_CHECKING:
     from gradwatch_monitor.history import History, Stretch
 
-__all__ = ["Repaced", "Rerun", "Same", "rerun_of"]
+__all__ = ["AS_LONG_AS_THE_GRADIENT", "Repaced", "Rerun", "Same", "rerun_of"]
 
 Array = np.ndarray[Any, Any]
 
-_AS_LONG_AS_THE_GRADIENT = {"SGD", "ASGD"}
+AS_LONG_AS_THE_GRADIENT = frozenset({"SGD", "ASGD"})
 _WINDOW = 50  # steps, within which the order of the norms means nothing
 _AT_MOST = 400  # windows that blocks are put together to
 
@@ -48,7 +48,7 @@ class Rerun(Protocol):
 
 def rerun_of(history: History, burn_in: float) -> Rerun:
     """By what the run's optimizer is."""
-    if history.optimizer in _AS_LONG_AS_THE_GRADIENT and history.values.size:
+    if history.optimizer in AS_LONG_AS_THE_GRADIENT and history.values.size:
         return Repaced(history, burn_in)
     return Same(history.since(burn_in))
 

@@ -113,10 +113,14 @@ def test_what_clips_a_fifth_unevenly_is_kept_as_well():
     result = recommend_from(history(norms, threshold=1.6))
     assert (result.verdict, result.policy) == ("keep", None)
     assert any("would loosen there" in reason for reason in result.reasons)
-    at_the_edge = recommend_from(history(lognormal(1000), threshold=float(
-        np.quantile(lognormal(1000)[200:], 0.69))))  # fmt: skip
+    norms[550:640] *= 2.5
+    at_the_edge = recommend_from(history(norms, threshold=1.6))
+    assert 0.30 < at_the_edge.current_clip_ratio < 0.33
     assert at_the_edge.verdict == "keep"
     assert "at the edge of the band" in at_the_edge.reasons[0]
+    evenly = lognormal(1000)
+    at_the_edge = recommend_from(history(evenly, threshold=float(np.quantile(evenly[200:], 0.69))))
+    assert at_the_edge.verdict == "change"
 
 
 @pytest.mark.parametrize("threshold", [1000.0, None])
@@ -286,6 +290,21 @@ def test_a_loss_that_blew_up_is_no_matter_of_thresholds():
     assert any("2.3 at first" in reason for reason in diverged.reasons)
     both_signs = recommend_from(history(norms, loss=loss - 2.5))
     assert not any("loss" in reason for reason in both_signs.reasons)
+
+
+def test_after_a_divergence_a_tight_constant_is_a_lower_learning_rate_by_sgd_alone():
+    """A tenth of the usual norm; by Adam nothing of the kind."""
+    norms = lognormal(1000, middle=0.3, spread=0.1)
+    norms[5:40] *= 60
+    loss = np.full(1000, 2.5)
+    loss[0], loss[5:40] = 2.3, 12.0
+    by_sgd = recommend_from(history(norms, loss=loss, optimizer="SGD"))
+    assert by_sgd.verdict == "fix_training"
+    assert by_sgd.policy == ClipNorm(0.03)
+    assert any("a tenth of what it usually was" in reason for reason in by_sgd.reasons)
+    by_adam = recommend_from(history(norms, loss=loss, optimizer="Adam"))
+    assert by_adam.policy == ClipNorm(1.0)
+    assert any("no threshold mends that" in reason for reason in by_adam.reasons)
 
 
 def test_leaps_of_a_run_that_learns_are_no_explosion():
