@@ -1,8 +1,45 @@
 """What tests ask of a page in a browser."""
 
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
 from playwright.sync_api import expect
 
 LONG = 30_000  # milliseconds until a page of Streamlit's is there, on a busy machine
+
+
+@contextlib.contextmanager
+def served(store, home):
+    """`gradwatch ui` on a store, in a fresh home: nothing may be asked. Address, process, port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home.mkdir(exist_ok=True)
+    process = subprocess.Popen(
+        [Path(sys.executable).parent / "gradwatch", "ui", "--store", store, "--port", str(port)],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "HOME": str(home.absolute())},
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2).close()
+                break
+            assert process.poll() is None, process.stdout.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}", process, port
+    finally:
+        process.terminate()
+        process.wait()
+        process.stdout.close()
 
 
 def open_run(page, address, run):

@@ -3,14 +3,10 @@
 import contextlib
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
+from pages import served
 from playwright.sync_api import sync_playwright
 
 ARTEFACTS = Path(__file__).parents[2] / "artefacts"
@@ -49,30 +45,8 @@ def serve():
     with contextlib.ExitStack() as stack:
 
         def start(store="gradwatch.db"):
-            with socket.socket() as probe:
-                probe.bind(("127.0.0.1", 0))
-                port = probe.getsockname()[1]
-            program = Path(sys.executable).parent / "gradwatch"
-            home = Path("home")
-            home.mkdir(exist_ok=True)  # a fresh one: nothing may be asked
-            process = subprocess.Popen(
-                [program, "ui", "--store", store, "--port", str(port)],
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env={**os.environ, "HOME": str(home.absolute())},
-            )  # fmt: skip
-            stack.callback(process.stdout.close)
-            stack.callback(process.wait)
-            stack.callback(process.terminate)
-            deadline = time.monotonic() + 60
-            while True:
-                with contextlib.suppress(OSError):
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=2).close()
-                    break
-                assert process.poll() is None, process.stdout.read().decode()
-                assert time.monotonic() < deadline
-                time.sleep(0.1)
-            start.process, start.port = process, port
-            return f"http://127.0.0.1:{port}"
+            address, start.process, start.port = stack.enter_context(served(store, Path("home")))
+            return address
 
         yield start
 

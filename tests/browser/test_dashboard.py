@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pages import LONG, open_run, overlapping_texts
+from pages import LONG, open_run, overlapping_texts, served
 from playwright.sync_api import expect
 from stores import lognormal, write_run
 
@@ -28,13 +28,23 @@ def query(sql):
         return connection.execute(sql).fetchall()
 
 
-@pytest.fixture
-def shown(page, serve):
-    """The run page of a real run with a NaN, a spike and losses."""
+@pytest.fixture(scope="module")
+def spoilt(tmp_path_factory):
+    """A real run with a NaN, a spike and losses, and the dashboard: its folder and its address."""
+    folder = tmp_path_factory.mktemp("spoilt")
     norms = lognormal(900, middle=1.2)
     norms[500] *= 100
-    write_run(norms=norms, nan_at=(300, 301), tags={"lr": 0.001})
-    address = serve()
+    store = str(folder / "gradwatch.db")
+    write_run(store, norms=norms, nan_at=(300, 301), tags={"lr": 0.001})
+    with served(store, folder / "home") as (address, *_):
+        yield folder, address
+
+
+@pytest.fixture
+def shown(page, spoilt, monkeypatch):
+    """That run's page."""
+    folder, address = spoilt
+    monkeypatch.chdir(folder)
     open_run(page, address, "first")
     return page
 

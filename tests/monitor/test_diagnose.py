@@ -19,6 +19,7 @@ from gradwatch_monitor.diagnose import OF_THE_AGENT, signs, window_of
 from gradwatch_monitor.diagnosis import Window
 
 STEPS = 300
+SEEDS = [0]  # `benchmarks/diagnosis.py` has three, and more loops
 
 
 def perceptron(depth=2, activation=nn.ReLU, width=32):
@@ -93,7 +94,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("finding", LOOPS)
 def test_a_loop_that_goes_wrong_is_told_so(finding, seed):
     """What is wrong is named, with the steps, the numbers, what to do and the source."""
@@ -107,7 +108,7 @@ def test_a_loop_that_goes_wrong_is_told_so(finding, seed):
     assert said.data["source"]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 def test_gradients_that_vanish_on_their_way_back(seed):
     """Twelve sigmoid layers: the first learns next to nothing."""
     torch.manual_seed(seed)
@@ -121,7 +122,7 @@ def test_clipping_before_unscaling():
     assert found()["not_unscaled"].severity == "critical"
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("lr", [0.01, 0.1])
 def test_a_healthy_loop_is_left_alone(seed, lr):
     """Nothing at all is found, at any length of it."""
