@@ -19,11 +19,12 @@ class Afterwards:
 
     The least of a step's gradients is kept until the next step. Whether it was changed in between
     its version tells, for the price of a comparison; whether by a clipping, or by a further backward
-    pass that added to it (of another model's loss), is looked at with a copy, in 20 steps at most.
-    Gradients that `zero_grad(set_to_none=False)` keeps tell nothing.
+    pass that added to it (of another model's loss), is looked at with a copy: in 20 steps in which it
+    changed, and 500 in which it did not, at most. Gradients that `zero_grad(set_to_none=False)` keeps
+    tell nothing.
     """
 
-    LOOKS = 20
+    LOOKS, IN_VAIN = 20, 500
     LEAST, LARGEST = 4, 65_536  # elements: fewer are proportional by chance, more take memory
 
     def __init__(self) -> None:
@@ -33,11 +34,11 @@ class Afterwards:
         self._version = 0
         self._copy: Tensor | None = None
         self._suspects = False
-        self._looks = 0
+        self._looks = self._in_vain = 0
 
     def keep(self, grads: Sequence[Tensor]) -> None:
         """The step with these gradients is over."""
-        if self._looks >= self.LOOKS:
+        if self._looks >= self.LOOKS or self._in_vain >= self.IN_VAIN:
             return
         if len(grads) != self._of:
             self._choose(grads)
@@ -63,6 +64,9 @@ class Afterwards:
         self._suspects = True
         if copy is None:
             return False
+        if torch.equal(old, copy):  # only its version moved on: multiplied by 1, to measure the norm
+            self._in_vain += 1
+            return False
         self._looks += 1
         return _is_clipped(old.detach(), copy)
 
@@ -77,7 +81,7 @@ class Afterwards:
 
 
 def _is_clipped(now: Tensor, before: Tensor) -> bool:
-    """Whether every element was multiplied by one factor of at most 1, or bounded."""
+    """Whether every element was multiplied by one factor of less than 1, or bounded."""
     at = before.abs().argmax()
     was, top = float(before.flatten()[at]), float(now.abs().max())
     if was == 0.0 or not 0.0 < top <= abs(was) * (1 + 1e-3):

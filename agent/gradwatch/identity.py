@@ -98,6 +98,8 @@ def is_alive(pid: int, at: float | None = None) -> bool:
     """Whether a process of this machine with that id runs; one that did `at` that Unix time."""
     if at is not None and (began := _began(pid)) is not None and began > at + _CLOCK_SLACK:
         return False  # the id was given to another since
+    if _state(pid) in {"Z", "X"}:
+        return False  # it has ended; nobody has asked how
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -107,10 +109,22 @@ def is_alive(pid: int, at: float | None = None) -> bool:
     return True
 
 
-def _began(pid: int) -> float | None:
-    """When a process began, in Unix seconds (proc_pid_stat(5), field 22); None where unknown."""
+def _stat(pid: int) -> list[str]:
+    """What proc_pid_stat(5) tells of a process, from field 3 on; nothing where there is none."""
     try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (OSError, ValueError):
+        return []
+
+
+def _state(pid: int) -> str | None:
+    return next(iter(_stat(pid)), None)
+
+
+def _began(pid: int) -> float | None:
+    """When a process began, in Unix seconds; None where unknown."""
+    try:
+        ticks = int(_stat(pid)[19])
         booted = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.MULTILINE)
         return float(booted[1]) + ticks / os.sysconf("SC_CLK_TCK") if booted else None
     except (OSError, ValueError, IndexError):

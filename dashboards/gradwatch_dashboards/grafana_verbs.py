@@ -24,6 +24,14 @@ def _group() -> None:
     """Make typer keep the verb's name though there is only one."""
 
 
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        msg = f"--token-file {path}: no text that can be read"
+        raise ConfigurationError(msg) from None
+
+
 @app.command()
 def push(
     url: Annotated[str, typer.Option("--url", metavar="URL", help="Where Grafana is.")],
@@ -63,7 +71,7 @@ def push(
     need("grafana_client", extra="grafana", verb="grafana push")
     from gradwatch_dashboards.grafana import push as pushing  # noqa: PLC0415
 
-    token = os.environ.get(_TOKEN, "") if token_file is None else token_file.read_text()
+    token = os.environ.get(_TOKEN, "") if token_file is None else _read(token_file)
     if not token.strip():
         where = f"{_TOKEN} is not set" if token_file is None else f"{token_file} is empty"
         msg = (

@@ -40,7 +40,11 @@ __all__ = ["page", "write"]
 EVENTS = 100  # rows of the table at most
 _WIDE, _NARROW = 960, 430  # pixels
 _TEMPLATE = Path(__file__).with_name("report.html.j2")
-_SECRET = re.compile(r"(?i)(^|[_.-])(password|passwd|secret|token|api_?key|access_?key)$")
+_SECRET = re.compile(
+    r"(?i)(pass(word|wd|phrase)?|secret|token|credentials?|(api|access|private)[_.-]?key)$"
+)
+_MAY_HOLD_ONE = re.compile(r"://|(?i:\bpass\w*\s*=)")  # a URL, or what a driver takes for one
+_OPTION = re.compile(r"(?i)(--?[\w-]*(?:pass\w*|secret|token|key)[ =])\S+")  # of a command line
 # What the page's own colours are to decide is drawn in the colour of its text.
 _CONFIG: dict[str, Any] = {
     "aria": False,
@@ -95,7 +99,7 @@ def page(store: Store, run: Run, progress: Callable[[int, int], None] = lambda *
     for done, (name, width, chart) in enumerate(every, start=1):
         drawn[name] = _svg(chart.properties(width=width))
         progress(done, len(every))
-    outcomes = {one.applied.change: one for one in timeline.outcomes(changes)}
+    outcomes = {one.applied.change: one for one in timeline.outcomes(store, changes)}
     events = store.events(run.id, limit=EVENTS + 1)
     return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
         run=run,
@@ -133,8 +137,11 @@ def _charts(
         yield "norms", _WIDE, charts.norms(norms, events, marks)
     ratios = views.clip_ratio(timeline, WINDOW)
     if len(ratios):
-        last = int(timeline["step"][-1])
-        yield "clip_ratio", _NARROW, charts.clip_ratio(ratios, WINDOW, BAND, last, marks)
+        yield (
+            "clip_ratio",
+            _NARROW,
+            charts.clip_ratio(ratios, WINDOW, BAND, timeline.last_step, marks),
+        )
     curve = _curve(timeline, recommendation)
     if curve is not None:
         yield "what_if", _NARROW, curve
@@ -187,14 +194,20 @@ def _identity(store: Store, run: Run, summary: Summary) -> dict[str, str]:
         "versions": ", ".join(f"{k} {v}" for k, v in settings.get("versions", {}).items()),
         **{f"tag {name}": _told(name, value) for name, value in run.tags.items()},
     }
-    return {name: str(value) for name, value in shown.items() if value not in {None, ""}}
+    return {name: str(value) for name, value in shown.items() if value is not None and value != ""}
 
 
-def _told(name: str, value: object) -> str:
-    """A tag's value; not where its name says that it is a secret, or its URL holds one."""
+def _told(name: str, value: object) -> object:
+    """A tag's value; not where its name says that it is a secret, or an address holds one."""
     if _SECRET.search(name):
         return "***"
-    return redact(value) if isinstance(value, str) and "://" in value else str(value)
+    if isinstance(value, dict):
+        return {inner: _told(str(inner), its) for inner, its in value.items()}
+    if isinstance(value, list):
+        return [_told("", its) for its in value]
+    if isinstance(value, str) and _MAY_HOLD_ONE.search(value):
+        return redact(value)
+    return _OPTION.sub(r"\1***", value) if isinstance(value, str) else value
 
 
 def _when(seconds: float) -> str:

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.errors import ConfigurationError, NotControllableError
-from gradwatch.policies import ClipNorm, Policy, build
+from gradwatch.policies import ClipNorm, Policy, TargetRatio, build
+from gradwatch.summaries import Distribution, merge
+from gradwatch_monitor.timeline import Blocks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -38,7 +40,8 @@ AT_LEAST = 50  # steps since a change, before its clip ratio is told
 _POLL_SECONDS = 0.1
 _SAME = 0.05  # by which share thresholds differ that are not worth a change
 _STATED = re.compile(r"recommended \((\w+)\): ([\d.]+) % of the steps, ([\d.]+)–([\d.]+) %")
-_UNDONE = re.compile(r"undo of change (\d+)\b")
+_UNDONE = re.compile(r"undo of change (\d+)(?:;|$)")
+_END = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -58,6 +61,8 @@ class Proposal:
 
     def ask(self, store: Store, run_id: int, *, by: str, reason: str | None = None) -> Change:
         """Ask the job for it; raises as `Store.apply` does."""
+        if self.why is None and reason and (_UNDONE.match(reason) or _STATED.match(reason)):
+            reason = f"as they say: {reason}"  # else it would be read as what it sounds like
         why = "; ".join(part for part in (self.why, reason) if part)
         return store.apply(run_id, self.threshold, policy=self.policy, by=by, reason=why or None)
 
@@ -175,14 +180,18 @@ def why_not(recommendation: Recommendation) -> str | None:
         told = "; ".join(recommendation.reasons)
         return f"nothing to apply, the verdict is “{verdict.replace('_', ' ')}”: {told}"
     if in_force(recommendation):
-        held = recommendation.current_threshold
-        return f"nothing to apply: {held:.4g} is in force already, which is as good as {policy}"
+        held = recommendation.current_policy
+        if isinstance(policy, ClipNorm):
+            held = f"{recommendation.current_threshold:.4g}"
+        return f"nothing to apply: {held} is in force already, which is as good as {policy}"
     return None
 
 
 def in_force(recommendation: Recommendation) -> bool:
-    """Whether a constant as good as the recommended one is in force: it was applied before."""
+    """Whether what is as good as the recommended is in force: it was applied before."""
     policy, held = recommendation.policy, recommendation.current_threshold
+    if recommendation.verdict == "use_policy" and isinstance(policy, TargetRatio):
+        return recommendation.current_policy == type(policy).__name__
     if recommendation.verdict != "change" or not isinstance(policy, ClipNorm) or held is None:
         return False
     return abs(policy.max_norm / held - 1) < _SAME
@@ -274,23 +283,42 @@ def outcomes(
     step: np.ndarray[Any, Any],
     pre_norm: np.ndarray[Any, Any],
     clipped: np.ndarray[Any, Any],
+    *,
+    blocks: Blocks | None = None,
 ) -> list[Outcome]:
-    """What came of each change, over the steps with a finite norm above 0."""
+    """What came of each change, over the steps with a finite norm above 0.
+
+    `blocks` are those of the steps that are not among the others; no change falls into one.
+    """
     usable = np.isfinite(pre_norm) & (pre_norm > 0)
     step, pre_norm, clipped = step[usable], pre_norm[usable], clipped[usable]
-    starts = np.searchsorted(step, [change.step for change in changes])
-    stops = np.append(starts, len(step))[1:]
+    old = Blocks.none() if blocks is None else blocks
+    first = old.column("first_step")
+    count = old.column("finite") - old.column("zeros")
     found = []
-    for change, start, stop in zip(changes, starts, stops, strict=True):
-        since = clipped[start:stop]
-        norms = pre_norm[:start]
+    ends = [*(change.step for change in changes), _END][1:]
+    for change, end in zip(changes, ends, strict=True):
+        since, within = (step >= change.step) & (step < end), (first >= change.step) & (first < end)
+        steps = int(since.sum()) + int(count[within].sum())
+        both = int(clipped[since].sum()) + int(old.column("clipped")[within].sum())
+        before, past = step < change.step, old.only(first < change.step)
         found.append(
             Outcome(
                 change,
-                len(since),
-                float(since.mean()) if len(since) >= AT_LEAST else None,
-                float((norms > change.new).mean()) if change.new and len(norms) else None,
+                steps,
+                both / steps if steps >= AT_LEAST else None,
+                _share(change.new, pre_norm[before], past),
                 Stated.read(change.reason),
             )
         )
     return found
+
+
+def _share(threshold: float | None, norms: np.ndarray[Any, Any], past: Blocks) -> float | None:
+    """Of the norms before, those above a threshold."""
+    values, weights = merge(past.histograms)
+    every = np.concatenate([values, norms])
+    if not threshold or not len(every):
+        return None
+    weights = np.concatenate([weights, np.ones(len(norms), np.int64)])
+    return float(Distribution(every, weights).share(threshold))

@@ -100,6 +100,10 @@ class Database:
             with telling(self._url, "cannot write the store"), engine.begin() as connection:
                 yield connection
         finally:
+            if path is not None:
+                # The last connection that closes would fold the WAL back, under no lock of ours.
+                sqlite.checkpoint(engine, path)
+                sqlite.let_go(engine, path)
             engine.dispose()
 
     @contextlib.contextmanager

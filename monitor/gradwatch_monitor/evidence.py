@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from gradwatch_monitor.history import History, Stretch
     from gradwatch_monitor.rerun import Rerun
 
-__all__ = ["BURN_IN", "Evidence"]
+__all__ = ["AT_LEAST", "BURN_IN", "Evidence"]
 
 BURN_IN = 0.2  # share of the run's beginning that is left out
+AT_LEAST = 50  # finite norms after the burn-in, below which nothing is said
 _WINDOWS = 8
 _PHASES = 20
 _BURST = 2.0  # log(q98 / median) within 100 steps, from which on the run explodes
@@ -49,15 +50,19 @@ class Evidence:
         self.count = self.late.count
         self.nonfinite_ratio = self.late.nonfinite_ratio
         # Only policies of the global norm have a threshold; only they have a ratio in the band.
-        least, greatest = self.whole.thresholds
+        self.since = self.whole.cut(
+            max(self.start.steps, history.changed_at), self.whole.steps
+        )  # what is in force was in force all along here
+        least, greatest = self.whole.thresholds if not history.changed_at else self.since.thresholds
         has_threshold = not math.isnan(least)
         self.constant = has_threshold and least == greatest
         self.current_threshold = self.whole.last_threshold if has_threshold else None
-        self.late_ratio = self.late.clip_ratio if has_threshold else None
+        told = has_threshold and self.since.steps >= min(AT_LEAST, self.late.steps)
+        self.late_ratio = self.since.clip_ratio if told else None
 
     @property
     def held(self) -> float | None:
-        """The constant that was in force all along."""
+        """The constant that is in force, since the last change."""
         return self.current_threshold if self.constant else None
 
     @functools.cached_property
@@ -184,7 +189,7 @@ class Evidence:
 
     def tamed(self) -> str | None:
         """The sentence that says that clipping kept the start of a converged run in hand."""
-        if not self.held or not self.converged:
+        if not self.held or not self.converged or self.history.changed_at:
             return None
         levels = self._levels
         last = int(np.flatnonzero(levels >= levels.max() * math.exp(-_CONVERGED))[-1]) + 1

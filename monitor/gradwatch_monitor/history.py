@@ -29,10 +29,10 @@ from gradwatch_monitor.timeline import Blocks
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from gradwatch_monitor.rows import Run
+    from gradwatch_monitor.rows import Event, Run
     from gradwatch_monitor.store import Store
 
-__all__ = ["COLUMNS", "History", "Losses", "Stretch", "facts"]
+__all__ = ["COLUMNS", "History", "Losses", "Stretch", "facts", "first_of"]
 
 COLUMNS = ("pre_norm", "threshold", "clipped", "nonfinite", "loss")
 
@@ -42,6 +42,7 @@ _OF_BLOCKS = (
 )  # fmt: skip
 Array = np.ndarray[Any, Any]
 _LOSSES = 50  # below which nothing is said of them
+_BEGINNING = 10  # a record that begins before this step begins where the run did
 
 
 class Losses(NamedTuple):
@@ -70,6 +71,10 @@ class History:
     norm_type: float = 2.0
     blocks: Blocks = dataclasses.field(default_factory=Blocks.none)
     first_loss: float | None = None  # where that is in a block
+    begins: bool = (
+        True  # whether its beginning is the run's: it was not pruned, nor resumed elsewhere
+    )
+    changed_at: int = 0  # the steps before another policy was applied, the last time that one was
     _stretches: dict[float, Stretch] = dataclasses.field(
         default_factory=dict, init=False, repr=False
     )
@@ -77,9 +82,11 @@ class History:
     @classmethod
     def of(cls, store: Store, run_id: int) -> Self:
         """The history of a run's visible timeline."""
-        blocks, columns = store.long(run_id, COLUMNS, of_blocks=_OF_BLOCKS)
+        blocks, columns = store.long(run_id, ("step", *COLUMNS), of_blocks=_OF_BLOCKS)
         first = store.first_loss(run_id) if blocks.steps else None
-        told = facts(store.run(run_id))
+        told = facts(
+            store.run(run_id), first_of(blocks, columns["step"]), store.last_change(run_id)
+        )
         norms, threshold, clipped, nonfinite, loss = (columns[name] for name in COLUMNS)
         return cls(
             norms, threshold, clipped, nonfinite, loss, blocks=blocks, first_loss=first, **told
@@ -117,8 +124,11 @@ class History:
     def losses(self) -> Losses | None:
         """Of the finite losses; None where they measure no progress, or are too few.
 
-        One that takes both signs, as a policy gradient's does, measures none.
+        One that takes both signs, as a policy gradient's does, measures none; nor does one whose
+        beginning is not on record.
         """
+        if not self.begins:
+            return None
         exact = _finite(self.loss) if self.loss is not None else np.empty(0)
         least, most = (_finite(self.blocks.column(f"loss_{end}")) for end in ("min", "max"))
         first = self.first_loss if self.blocks.steps else exact[0] if len(exact) else None
@@ -305,16 +315,29 @@ class Stretch:
         return total / self.steps if self.steps else 0.0
 
 
-def facts(run: Run) -> dict[str, Any]:
-    """What is on record of how the run clips: optimizer, policy, norm_type."""
+def facts(run: Run, first: int | None, change: Event | None) -> dict[str, Any]:
+    """What is on record beside the steps, of which `first` is the first: how it clips, since when.
+
+    `change` is the event of the last change that was applied.
+    """
     policies: Sequence[Mapping[str, Any]] = run.settings.get("policies", [])
+    if change is not None and first is not None:
+        policies = [change.data["policy"]]
     # JSON has no inf, so that is a word there, or null.
     norm_type = policies[0].get("norm_type", 2.0) if policies else 2.0
     return {
         "optimizer": str(run.settings.get("optimizer", "")),
         "policy": ", ".join(policy["policy"] for policy in policies),
         "norm_type": math.inf if norm_type is None else float(norm_type),
+        "begins": first is None or first < _BEGINNING,
+        "changed_at": 0 if change is None or first is None else max(0, change.step - first),
     }
+
+
+def first_of(blocks: Blocks, steps: Array) -> int | None:
+    """The first step of these; None of none."""
+    every = [*blocks.column("first_step")[:1].tolist(), *steps[:1].tolist()]
+    return int(min(every)) if every else None
 
 
 def _greatest(*parts: Array) -> float:

@@ -11,6 +11,7 @@ from gradwatch.config import sqlite_path
 from gradwatch.errors import StoreError, StoreNotFoundError
 from gradwatch.summaries import BLOCK
 from gradwatch_monitor.store import Store
+from gradwatch_monitor.timeline import visible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -68,7 +69,8 @@ def _examine(
         progress(done, len(found))
         where = f"run {name!r} (id {run_id}), attempt {attempt}"
         yield from _gaps(connection, run_id, attempt, start, where)
-        yield from _stale(connection, run_id, attempt, where)
+        shown = {part.attempt: part.stop for part in visible(connection, run_id)}
+        yield from _stale(connection, run_id, attempt, shown.get(attempt, 0), where)
     progress(len(found), len(found))
 
 
@@ -143,13 +145,15 @@ def _gaps(
         )
 
 
-def _stale(connection: sa.Connection, run_id: int, attempt: int, where: str) -> Iterator[Problem]:
-    """Summaries of fewer steps than there are; of more, where some were pruned."""
+def _stale(
+    connection: sa.Connection, run_id: int, attempt: int, stop: int, where: str
+) -> Iterator[Problem]:
+    """Summaries of fewer of the steps that show than there are; of more, where some were pruned."""
     records, summaries = schema.step_records.c, schema.step_summaries.c
     block = (records.step - records.step % BLOCK) / BLOCK
     counted = (
         sa.select(sa.cast(block, sa.BigInteger).label("block"), sa.func.count().label("steps"))
-        .where(records.run_id == run_id, records.attempt == attempt)
+        .where(records.run_id == run_id, records.attempt == attempt, records.step < stop)
         .group_by(block)
         .subquery()
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from gradwatch.errors import ConfigurationError
 from gradwatch.policies import ClipNorm, Policy, TargetRatio
-from gradwatch_monitor.evidence import BURN_IN, Evidence
+from gradwatch_monitor.evidence import AT_LEAST, BURN_IN, Evidence
 from gradwatch_monitor.history import History
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ __all__ = ["History", "Recommendation", "Verdict", "recommend", "recommend_from"
 
 Verdict = Literal["keep", "change", "not_needed", "use_policy", "fix_training", "not_enough_data"]
 
-AT_LEAST = 50  # finite norms after the burn-in, below which nothing is said
 _STEADY = 0.10  # standard deviation of the ratio over the windows, up to which a constant holds
 _FAR = 1.5  # times what is in force: constants looser than that were right in half of the cases
 _KNOWN = 0.9  # of a run at the constant, that this one must tell about
@@ -53,6 +52,7 @@ class Recommendation:
     target: float
     band: tuple[float, float]
     current_is_constant: bool = True  # whether it was in force all along
+    current_policy: str = ""  # the class of what clips now
 
     @property
     def sentence(self) -> str:
@@ -111,6 +111,7 @@ def recommend_from(
                 f"{100 * BURN_IN:.0f} % of the run; {AT_LEAST} are needed"),
             ),
             history.steps, seen.current_threshold, seen.late_ratio, target, band,
+            current_policy=history.policy,
         )  # fmt: skip
     verdict, policy, reasons = _judge(seen, band)
     return Recommendation(
@@ -126,6 +127,7 @@ def recommend_from(
         target=target,
         band=band,
         current_is_constant=seen.constant,
+        current_policy=history.policy,
     )
 
 
@@ -235,8 +237,13 @@ def _keep(
     seen: Evidence, band: tuple[float, float], low: float, high: float, where: str
 ) -> _Judgement | None:
     ratio = seen.late_ratio
-    if not seen.constant or ratio is None or not low <= ratio <= high:
+    if ratio is None or not low <= ratio <= high:
         return None
+    if not seen.constant:
+        by = f"{seen.history.policy} holds" if seen.history.policy else "what is in force clips"
+        return "keep", None, [
+            f"{by} {100 * ratio:.0f} % of the steps, {where} the band of {_percent(band)}"
+        ]  # fmt: skip
     moves = seen.unsteadiness(lambda stretch: stretch.clip_ratio)
     evenly = (
         f"evenly so over the run (it moves by {100 * moves:.0f} points, chance aside)"
@@ -312,7 +319,7 @@ def _outside(seen: Evidence, band: tuple[float, float]) -> list[str]:
     if ratio is None:
         return []
     at = f" at {seen.current_threshold:g}" if seen.constant else ""
-    where = "below" if ratio < low else "above" if ratio > band[1] else "unevenly in"
+    where = "below" if ratio < low else "above"
     return [
         (
             f"after the first fifth of the run {100 * ratio:.0f} % of the steps were clipped{at}, "

@@ -15,7 +15,11 @@ import sqlalchemy as sa
 
 from gradwatch import partitions, schema
 from gradwatch.errors import ConfigurationError
+from gradwatch.sinks import blocks
 from gradwatch.sinks.register import LIVE_SECONDS
+from gradwatch.sinks.rows import Stored
+from gradwatch.summaries import BLOCK
+from gradwatch_monitor import timeline
 from gradwatch_monitor.maintenance import Maintained, attempts
 
 if TYPE_CHECKING:
@@ -60,6 +64,8 @@ def prune(
     before = (now // partitions.DAY_SECONDS - older_than_days) * partitions.DAY_SECONDS
     with Maintained(url) as store:
         ended, live = _runs(store, now)
+        for run_id in ended:
+            _sum_up(store, run_id, before)
         dropped = _drop_days(store, live, before) if store.path is None else {}
         steps, layers, events, gone = sum(dropped.values()), 0, 0, 0
         for done, run_id in enumerate(ended):
@@ -79,6 +85,41 @@ def _runs(store: Maintained, now: float) -> tuple[list[int], list[int]]:
     with store.transaction() as connection:
         found = connection.execute(sa.select(runs.id, live).order_by(runs.id)).all()
     return [run for run, lives in found if not lives], [run for run, lives in found if lives]
+
+
+def _sum_up(store: Maintained, run_id: int, before: float) -> None:
+    """Summaries of what goes: of blocks that have none (a run's last), or that an attempt cuts.
+
+    One of which steps have gone before stays as it is.
+    """
+    records, summaries = schema.step_records.c, schema.step_summaries.c
+    with store.transaction() as connection:
+        for part in timeline.visible(connection, run_id):
+            mine = (records.run_id == run_id, records.attempt == part.attempt)
+            old = sa.select(sa.func.min(records.step), sa.func.max(records.step)).where(
+                *mine, records.time < before, records.step < part.stop
+            )
+            first, last = connection.execute(old).one()
+            if first is None:
+                continue
+            whole = {
+                row.block
+                for row in connection.execute(
+                    sa.select(summaries.block).where(
+                        summaries.run_id == run_id,
+                        summaries.attempt == part.attempt,
+                        sa.or_(
+                            summaries.last_step < part.stop,
+                            summaries.first_step
+                            < sa.select(sa.func.min(records.step))
+                            .where(*mine, records.step >= summaries.block * BLOCK)
+                            .scalar_subquery(),
+                        ),
+                    )
+                )
+            }
+            wanted = [b for b in range(first // BLOCK, last // BLOCK + 1) if b not in whole]
+            blocks.store(connection, Stored(run_id, part.attempt), wanted, until=part.stop)
 
 
 def _drop_days(store: Maintained, live: list[int], before: float) -> dict[str, int]:

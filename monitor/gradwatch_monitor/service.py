@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import threading
 import time
 import urllib.parse
@@ -76,7 +77,7 @@ class Service:
         self._failures = 0  # in a row
         self._problem: str | None = None
         try:
-            self._server = ThreadingHTTPServer((address, port), _Handler)
+            self._server = _Server((address, port), _Handler)
         except OSError as error:
             msg = f"the monitor cannot bind {address}:{port} ({error.strerror}): try --port"
             raise ConfigurationError(msg) from None
@@ -160,6 +161,15 @@ def targets(runs: list[Run]) -> list[dict[str, Any]]:
         }
         found[run.metrics_url] = {"targets": [url.netloc], "labels": labels}
     return list(found.values())
+
+
+class _Server(ThreadingHTTPServer):
+    """Of the address family that the address is of."""
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        if ":" in address[0]:
+            self.address_family = socket.AF_INET6
+        super().__init__(address, handler)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -130,11 +130,13 @@ class Store(Database):
             return timeline.last_step(connection, run_id)
 
     def first_loss(self, run_id: int) -> float | None:
-        """The first loss of the visible timeline, if it is among its first steps."""
-        with self._reading() as connection:
-            first = timeline.first_step(connection, run_id)
-        losses = self.columns(run_id, ("loss",), first, (first or 0) + 10)["loss"]
+        """The first loss of the visible timeline, if it is among its first ten steps."""
+        losses = self.columns(run_id, ("loss",), stop=10)["loss"]
         return float(losses[0]) if len(losses) and losses[0] == losses[0] else None
+
+    def last_change(self, run_id: int) -> Event | None:
+        """The event of the last threshold or policy that was applied; None without one."""
+        return next(iter(self.events(run_id, kind="threshold_changed", limit=1)), None)
 
     def past(self, run_id: int) -> tuple[int, int]:
         """How many attempts the run has had, and how many records of all but the last are stored.

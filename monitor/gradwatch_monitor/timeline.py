@@ -25,11 +25,12 @@ __all__ = [
     "RECENT",
     "STEP_COLUMNS",
     "Blocks",
+    "Part",
     "columns",
-    "first_step",
     "last_step",
     "read",
     "summary",
+    "visible",
 ]
 
 Columns = dict[str, np.ndarray[Any, Any]]
@@ -71,13 +72,23 @@ class Blocks(NamedTuple):
         """One of them."""
         return self.columns[name]
 
+    def only(self, kept: np.ndarray[Any, np.dtype[np.bool_]]) -> Self:
+        """Those of them that are marked."""
+        bins, weights, block = self.histograms
+        of_kept = kept[block]
+        place = np.cumsum(kept, dtype=np.int32) - 1
+        return type(self)(
+            {name: column[kept] for name, column in self.columns.items()},
+            Histograms(bins[of_kept], weights[of_kept], place[block[of_kept]]),
+        )
+
     @property
     def steps(self) -> int:
         """How many steps they have together."""
         return int(self.columns["steps"].sum())
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """The steps of an attempt that show: [start, stop)."""
 
     attempt: int
@@ -98,7 +109,7 @@ def columns(
     """
     r = step_records.c
     rows: list[Any] = []
-    for part in _parts(connection, run_id):
+    for part in visible(connection, run_id):
         query = (
             sa.select(*(r[name] for name in names))
             .where(r.run_id == run_id, r.attempt == part.attempt)
@@ -128,7 +139,7 @@ def read(
     `of_blocks`: the columns of the blocks, all by default; what orders and counts them is there
     in any case.
     """
-    parts = _parts(connection, run_id)
+    parts = visible(connection, run_id)
     edge = _edge(connection, run_id, parts, recent)
     old = _blocks(connection, run_id, parts, edge, of_blocks)
     return old, columns(connection, run_id, names, edge)
@@ -136,7 +147,7 @@ def read(
 
 def summary(connection: sa.Connection, run_id: int) -> Summary:
     """Counts and last values of a run."""
-    parts = _parts(connection, run_id)
+    parts = visible(connection, run_id)
     edge = _edge(connection, run_id, parts, RECENT)
     old = _blocks(connection, run_id, parts, edge, _COUNTED, norms=False)
     s = _steps.c
@@ -168,41 +179,26 @@ def summary(connection: sa.Connection, run_id: int) -> Summary:
 
 def last_step(connection: sa.Connection, run_id: int) -> int | None:
     """The greatest step of the visible timeline; None before the first."""
-    found = _last(connection, run_id, _parts(connection, run_id), "step")
+    found = _last(connection, run_id, visible(connection, run_id), "step")
     return None if found is None else int(found)
-
-
-def first_step(connection: sa.Connection, run_id: int) -> int | None:
-    """The least step of the visible timeline that is still there; None before the first."""
-    r = step_records.c
-    for part in _parts(connection, run_id):
-        found = connection.execute(
-            sa.select(r.step)
-            .where(r.run_id == run_id, r.attempt == part.attempt, r.step < part.stop)
-            .order_by(r.step)
-            .limit(1)
-        ).scalar()
-        if found is not None:
-            return int(found)
-    return None
 
 
 # -- parts of the timeline -------------------------------------------------------------------------
 
 
-def _parts(connection: sa.Connection, run_id: int) -> list[_Part]:
+def visible(connection: sa.Connection, run_id: int) -> list[Part]:
     """The visible parts, in the order of their steps."""
     a = schema.attempts.c
     query = sa.select(a.attempt, a.start_step).where(a.run_id == run_id)
     parts, stop = [], _END
     for attempt, start in connection.execute(query.order_by(a.position.desc())).all():
-        parts.append(_Part(attempt, start, stop))
+        parts.append(Part(attempt, start, stop))
         stop = min(stop, start)
     return parts[::-1]
 
 
 def _last(
-    connection: sa.Connection, run_id: int, parts: list[_Part], name: str, edge: int = 0
+    connection: sa.Connection, run_id: int, parts: list[Part], name: str, edge: int = 0
 ) -> Any:
     """The last value of a column that is not NULL, not before the step `edge`; None without one.
 
@@ -223,7 +219,7 @@ def _last(
     return None
 
 
-def _edge(connection: sa.Connection, run_id: int, parts: list[_Part], recent: int) -> int:
+def _edge(connection: sa.Connection, run_id: int, parts: list[Part], recent: int) -> int:
     """The step from which on steps are read as they are: that of a block, or 0."""
     last = _last(connection, run_id, parts, "step")
     if last is None:  # nothing is left but summaries
@@ -254,7 +250,7 @@ def _edge(connection: sa.Connection, run_id: int, parts: list[_Part], recent: in
 def _blocks(
     connection: sa.Connection,
     run_id: int,
-    parts: list[_Part],
+    parts: list[Part],
     edge: int,
     wanted: Sequence[str] | None = None,
     *,
@@ -301,7 +297,7 @@ def _blocks(
 
 
 def _summarised(
-    connection: sa.Connection, run_id: int, part: _Part, have: np.ndarray[Any, Any], edge: int
+    connection: sa.Connection, run_id: int, part: Part, have: np.ndarray[Any, Any], edge: int
 ) -> Iterator[dict[str, Any]]:
     """The rows of the blocks of a part that are not among those we `have`, from its records."""
     stored = Stored(run_id, part.attempt)

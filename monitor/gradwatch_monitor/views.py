@@ -9,7 +9,7 @@ import pandas as pd
 from tsdownsample import MinMaxLTTBDownsampler
 
 from gradwatch_monitor.applying import outcomes
-from gradwatch_monitor.history import COLUMNS, History, facts
+from gradwatch_monitor.history import COLUMNS, History, facts, first_of
 from gradwatch_monitor.store import status_of
 from gradwatch_monitor.timeline import RECENT, Blocks
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from gradwatch.summaries import Distribution
     from gradwatch_monitor.applying import Applied, Outcome
+    from gradwatch_monitor.rows import Event
     from gradwatch_monitor.store import Run, Store
 
 __all__ = [
@@ -63,10 +64,12 @@ class Timeline:
         self.blocks = Blocks.none()
         self._past = (-1, -1)
         self._first_loss: float | None = None
+        self._change: Event | None = None  # the last that was applied
         self._columns: dict[str, np.ndarray[Any, Any]] = {}
 
     def refresh(self, store: Store) -> None:
         """Read the steps that have come since."""
+        self._change = store.last_change(self.run_id)
         past = store.past(self.run_id)
         if past != self._past or len(self["step"]) > 2 * RECENT:
             self._past = past
@@ -96,7 +99,7 @@ class Timeline:
 
     def history(self, run: Run) -> History:
         """What the recommendation looks at."""
-        return self._history(**facts(run))
+        return self._history(**facts(run, first_of(self.blocks, self["step"]), self._change))
 
     def _history(self, **told: Any) -> History:
         norms, threshold, clipped, nonfinite, loss = (self[name] for name in COLUMNS)
@@ -134,9 +137,19 @@ class Timeline:
             columns[name] = np.concatenate([np.column_stack(ends).ravel(), column])
         return columns
 
-    def outcomes(self, changes: Sequence[Applied]) -> list[Outcome]:
-        """What came of each change."""
-        return outcomes(changes, self["step"], self["pre_norm"], self["clipped"])
+    def outcomes(self, store: Store, changes: Sequence[Applied]) -> list[Outcome]:
+        """What came of each change; a block that one falls into is read step by step."""
+        names = ("step", "pre_norm", "clipped")
+        first, last = (self.blocks.column(f"{end}_step") for end in ("first", "last"))
+        at = np.array([change.step for change in changes])[:, None]
+        cut = np.asarray(((first < at) & (at <= last)).any(axis=0))
+        pieces = [
+            store.columns(self.run_id, names, int(start), int(stop) + 1)
+            for start, stop in zip(first[cut], last[cut], strict=True)
+        ]
+        pieces.append({name: self[name] for name in names})
+        columns = (np.concatenate([piece[name] for piece in pieces]) for name in names)
+        return outcomes(changes, *columns, blocks=self.blocks.only(np.logical_not(cut)))
 
 
 def thin(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import time
@@ -50,22 +49,31 @@ class Watch(Collector):
         self._registry.register(self)
 
     def look(self, store: Store) -> None:
-        """Diagnose the runs that went on, and keep in the store what is found."""
+        """Diagnose the runs that went on, and keep in the store what is found.
+
+        A run that cannot be looked at keeps nobody from the others; its error is raised after them.
+        """
         live = {run.id: run for run in store.runs(status="running") if run.is_live()}
         for run_id, run in live.items():
             self._watched.setdefault(run_id, _Watched(run)).run = run
+        failed: list[Exception] = []
         for run_id, watched in list(self._watched.items()):
-            with contextlib.suppress(RunNotFoundError):  # pruned meanwhile
+            try:
                 self._look_at(store, watched)
+            except RunNotFoundError:  # pruned meanwhile
+                pass
+            except Exception as error:  # noqa: BLE001 - the other runs are looked at all the same
+                failed.append(error)
             if run_id not in live:
                 del self._watched[run_id]
+        if failed:
+            raise failed[0]
 
     def _look_at(self, store: Store, watched: _Watched) -> None:
         run_id, last_step = watched.run.id, store.last_step(watched.run.id)
         if last_step is None or last_step == watched.last_step:
             return
         new = watched.last_step is None
-        watched.last_step = last_step
         found = diagnose(store, run_id)
         if new or found or any(watched.active.values()):
             store.note_findings(run_id, found, keep=OF_THE_AGENT)
@@ -74,6 +82,7 @@ class Watch(Collector):
             watched.recommended_at = self._clock()
             watched.recommendation = recommend(store, run_id)
             store.note_recommendation(run_id, last_step, watched.recommendation)
+        watched.last_step = last_step
 
     def exposition(self) -> bytes:
         """The gauges of `gradwatch.metrics.MONITOR`, in Prometheus' text format."""

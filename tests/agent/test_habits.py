@@ -120,7 +120,7 @@ def late(clip, *, to_none=True, fused=True, optimizer_class=torch.optim.AdamW, p
 
 LATE = {
     "by norm": lambda model: clip_grad_norm_(model.parameters(), 0.1),
-    "by norm, seldom": lambda model: clip_grad_norm_(model.parameters(), 2e4),
+    "by norm, at first": lambda model: clip_grad_norm_(model.parameters(), 3e3),
     "by value": lambda model: torch.nn.utils.clip_grad_value_(model.parameters(), 0.01),
 }
 
@@ -145,6 +145,12 @@ def test_a_gradient_that_other_losses_add_to_is_not_clipped():
     assert not late(lambda model: None).findings
     assert not late(lambda model: None, to_none=False).findings
     assert not late(LATE["by norm"], to_none=False).findings  # cannot be told: nothing is said
+
+
+def test_measuring_after_the_step_is_no_clipping():
+    """`clip_grad_norm_` at inf multiplies by 1; so does a threshold that never bites."""
+    for limit in (math.inf, 1e30):
+        assert not late(lambda model, to=limit: clip_grad_norm_(model.parameters(), to)).findings
 
 
 def test_gradients_are_not_held_on_to_where_they_are_large():

@@ -80,8 +80,17 @@ def test_every_alert_is_tested():
         assert any("exp_alerts" not in case for case in of_it), name
 
 
+def anchors(page):
+    """What its headings can be linked to by."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_between_pages_lead_somewhere():
-    """Every relative link of the docs and the README."""
-    for page in (*DOCS.glob("*.md"), DOCS.parent / "README.md"):
-        for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-            assert (page.parent / link).exists(), (page.name, link)
+    """Every relative link of the docs and the README, to the heading that it names."""
+    root = DOCS.parent
+    for page in (*DOCS.glob("*.md"), *root.glob("*.md"), root / "benchmarks" / "README.md"):
+        for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
+            target = page.parent / path if path else page
+            assert target.exists(), (page.name, path)
+            assert not anchor or anchor in anchors(target), (page.name, path, anchor)

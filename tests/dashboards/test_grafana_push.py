@@ -282,6 +282,14 @@ def test_the_token_may_be_in_a_file(run, tmp_path):
         assert run("grafana", "push", "--url", url, "--token-file", "token")[0] == 0
 
 
+def test_a_token_file_that_is_no_text(run, tmp_path):
+    """One line."""
+    (tmp_path / "token").write_bytes(b"\xff\xfe\x00")
+    status, _, told = run("grafana", "push", "--url", "http://127.0.0.1:9", "--token-file", "token")
+    assert status == 2
+    assert "no text that can be read" in told
+
+
 def test_no_token_is_said_with_what_to_do(run):
     """Before anything is asked."""
     grafana = Grafana()
@@ -389,7 +397,16 @@ def test_a_server_that_never_answers(run, monkeypatch):
 
 @pytest.mark.usefixtures("token")
 @pytest.mark.parametrize(
-    "url", ["grafana", "ftp://grafana", "http://", "http://admin:hush@grafana:3000"]
+    "url",
+    [
+        "grafana",
+        "ftp://grafana",
+        "http://",
+        "http://admin:hush@grafana:3000",
+        "http://[::1",
+        "http://grafana:port",
+        "http://grafana:99999",
+    ],
 )
 def test_what_is_no_address(run, url):
     """What would be right, and no password."""

@@ -111,13 +111,21 @@ def test_text_is_shown_as_text(run):
 def test_no_secret_is_in_it(run):
     """Not of the store's URL, nor of tags that are called one or hold one."""
     write_run(
-        steps=60, tags={"hf_token": "s3cret", "data": "postgresql://me:s3cret@host/d", "tokens": 5}
-    )
+        steps=60,
+        tags={
+            "hf_token": "s3cret", "data": "postgresql://me:s3cret@host/d", "tokens": 5,
+            "db": {"password": "s3cret", "port": 1234}, "apiToken": "s3cret",
+            "dsn": "host=h password=s3cret", "links": ["https://me:s3cret@host/"],
+            "command": "train.py --token s3cret --lr 0.1",
+        },
+    )  # fmt: skip
     assert run("report", "first")[0] == 0
     text = Page(Path("report.html").read_text()).text
     assert "s3cret" not in text
     assert "postgresql://me:***@host/d" in text
     assert "tag tokens 5" in text
+    assert "'port': 1234" in text
+    assert "train.py --token *** --lr 0.1" in text
 
 
 def test_what_was_applied_is_marked_and_held_against_its_promise(run):
@@ -182,3 +190,22 @@ def test_errors_are_one_line(run):
         status, text, errors = run("report", *arguments)
         assert (status, text, errors.count("\n")) == (code, "", 1)
         assert words in errors
+
+
+def test_a_run_of_which_only_summaries_are_left(run):
+    """Its steps were pruned: it is told all the same."""
+    from stores import NOW, records, write
+
+    from gradwatch_monitor import retention
+
+    write("sqlite:///gradwatch.db", records(0, 5500))
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute(
+            "INSERT INTO events (run_id, attempt, step, time, kind, severity, message, data) "
+            "VALUES (1, 1, 1, ?, 'loss_spike', 'info', 'kept', '{}')", (NOW + 86_400 * 9,)
+        )  # fmt: skip
+    retention.prune("sqlite:///gradwatch.db", 1, now=NOW + 86_400 * 8)
+    with Store() as store:
+        assert len(store.steps(1)) == 0
+    assert run("report", "1")[0] == 0
+    assert "5,500" in Page(Path("report.html").read_text()).text

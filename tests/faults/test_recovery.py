@@ -158,6 +158,18 @@ def test_a_job_that_lives_is_left_alone():
 RECOVER = "import gradwatch.recovery as r; print(len(r.recover('gradwatch.db')))"
 
 
+def test_a_job_whose_parent_never_asks_how_it_ended_is_recovered():
+    """It has a process id still, and nothing runs under it: PID 1 of many a container never asks."""
+    job = subprocess.Popen([sys.executable, "-c", f"{PREAMBLE}\nbegin(); steps(50); die()"])
+    try:
+        state = Path(f"/proc/{job.pid}/stat")
+        wait_until(lambda: state.read_text().rpartition(")")[2].split()[0] == "Z")
+        (one,) = recover("gradwatch.db")
+        assert (one.status, one.last_step) == ("crashed", 49)
+    finally:
+        job.wait()
+
+
 def test_a_job_that_copies_its_own_folder_is_left_alone():
     """It lets go of its lock thereby: a process loses those of a file that it closes."""
     weight = torch.nn.Parameter(torch.ones(3))

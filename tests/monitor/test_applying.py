@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from live import live
 from stores import lognormal
 
 from gradwatch import ClipNorm, TargetRatio
 from gradwatch.errors import NotControllableError
+from gradwatch_monitor import Store
 from gradwatch_monitor.applying import (
     Applied,
+    Proposal,
     Stated,
+    applied,
     in_force,
     last_in_force,
     outcomes,
     recommended,
+    wait,
     wanted,
 )
 from gradwatch_monitor.recommend import History, recommend_from
@@ -136,3 +141,55 @@ def test_a_request_that_this_version_cannot_read_is_shown_all_the_same():
     row = Change(1, 0.0, "ada", None, None, {"policy": "Newer"}, None, None, None, None)
     assert wanted(row) == "Newer"
     assert wanted(dataclasses.replace(row, threshold=0.5, policy=None)) == "0.5"
+
+
+def test_a_reason_that_sounds_like_an_undo_is_none():
+    """Somebody's own words are never read as ours."""
+    with live() as job, Store() as store:
+        job.until(10)
+        for threshold, reason in ((0.8, None), (0.5, "undo of change 1 was not enough"),
+                                  (0.4, "undo of change 2")):  # fmt: skip
+            asked = Proposal(threshold).ask(store, 1, by="ada", reason=reason)
+            assert wait(store, 1, asked, 60).applied_step
+            job.until(job.step + 1)
+        assert job.agent.flush()
+        last = last_in_force(applied(store, 1))
+        assert (last.change, last.new) == (3, 0.4)
+        assert Stated.read(last.reason) is None
+
+
+def test_what_a_policy_holds_in_the_band_is_kept():
+    """The recommended one was applied: it is not named again, nor applied again."""
+    norms = lognormal(2000, middle=3.0, spread=0.2) * np.exp(np.linspace(0.45, -0.45, 2000))
+    threshold, clipped = [], []
+    policy = TargetRatio(cap=9.0)
+    state = policy.init()
+    for norm in norms:
+        threshold.append(state.threshold)
+        clipped.append(norm > state.threshold)
+        state = policy.learn(state, norm, None)
+    told = History(norms, np.array(threshold), np.array(clipped), np.zeros(2000, bool),
+                   policy="TargetRatio", changed_at=400)  # fmt: skip
+    made = recommend_from(told)
+    assert (made.verdict, made.policy) == ("keep", None)
+    assert "TargetRatio holds 2" in made.reasons[0]
+    assert "inside the band" in made.reasons[0]
+    with pytest.raises(NotControllableError, match="keep"):
+        recommended(made)
+    # Where too few steps tell, the policy in force is known by its name.
+    early = recommend_from(dataclasses.replace(told, changed_at=1970))
+    assert early.verdict == "use_policy"
+    with pytest.raises(NotControllableError, match="TargetRatio is in force already"):
+        recommended(early)
+
+
+def test_the_share_told_is_of_what_is_in_force():
+    """Steps before a change that was applied do not count for it."""
+    norms = lognormal(2000)
+    constant = float(np.quantile(norms, 0.8))
+    threshold = np.where(np.arange(2000) < 1500, 0.01, constant)
+    told = History(norms, threshold, norms > threshold, np.zeros(2000, bool),
+                   policy="ClipNorm", changed_at=1500)  # fmt: skip
+    made = recommend_from(told)
+    assert made.current_clip_ratio == (norms > threshold)[1500:].mean()
+    assert (made.verdict, made.current_threshold) == ("keep", constant)

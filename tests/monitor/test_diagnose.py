@@ -17,6 +17,7 @@ import gradwatch
 from gradwatch_monitor import Store, diagnose
 from gradwatch_monitor.diagnose import OF_THE_AGENT, signs, window_of
 from gradwatch_monitor.diagnosis import Window
+from gradwatch_monitor.diagnosis.window import LayerSamples
 
 STEPS = 300
 SEEDS = [0]  # `benchmarks/diagnosis.py` has three, and more loops
@@ -184,6 +185,100 @@ def test_a_loss_that_swings_and_one_that_is_noisy():
     assert [s.finding for s in signs(window(swings))] == ["oscillating_loss"]
 
 
+def told(*arguments, **facts):
+    return {sign.finding for sign in signs(window(*arguments, **facts))}
+
+
+def falling(count=600):
+    """A loss that falls, with a little noise."""
+    return np.geomspace(2.0, 0.1, count) * np.exp(
+        0.02 * np.random.default_rng(0).normal(size=count)
+    )
+
+
+def layer_samples(weights, grads, names=None):
+    """A sample every 50 steps: a row of norms for each."""
+    weights, grads = np.array(weights, float), np.array(grads, float)
+    names = names or [f"{i}.weight" for i in range(weights.shape[1])]
+    return LayerSamples(np.arange(len(weights)) * 50.0, names, grads, weights)
+
+
+def test_norms_that_leap_while_the_loss_stands_still():
+    """Once in twenty steps, tenfold; not where the loss falls all the same."""
+    norms = np.ones(600)
+    norms[::20] = 10.0
+    assert "exploding_gradients" in told(np.full(600, 2.0), norms)
+    assert "exploding_gradients" not in told(falling(), norms)
+    assert "exploding_gradients" not in told(np.full(600, 2.0), np.ones(600))
+
+
+def test_weights_that_grow_with_the_loss():
+    """Tenfold while the loss doubles; growth alone is no fault, nor is a loss alone."""
+    grown = layer_samples(np.geomspace(1, 10, 12)[:, None] * np.ones(3), np.ones((12, 3)))
+    still = layer_samples(np.ones((12, 3)), np.ones((12, 3)))
+    rising = np.linspace(1.0, 2.5, 600)
+    assert "exploding_weights" in told(rising, layers=grown)
+    assert "exploding_weights" not in told(falling(), layers=grown)
+    assert "exploding_weights" not in told(rising, layers=still)
+    nothing = np.empty(0)  # the run's beginning was pruned
+    assert "exploding_weights" in told(rising, layers=grown, first_losses=nothing)
+
+
+def test_norms_that_rise_by_and_by():
+    """Threefold over the window; up and down again is no drift."""
+    level = np.exp(0.1 * np.random.default_rng(0).normal(size=1000))
+    assert told(falling(1000), level * np.geomspace(1, 4, 1000)) == {"norm_drift"}
+    assert (
+        told(falling(1000), level * np.r_[np.geomspace(1, 4, 500), np.geomspace(4, 1, 500)])
+        == set()
+    )
+    assert told(falling(1000), level * np.geomspace(4, 1, 1000)) == set()
+
+
+def test_one_layer_that_is_nearly_all_of_the_norm():
+    """98 % of its square; of four, one with half is none."""
+    most = layer_samples(np.ones((5, 4)), [[7.0, 0.5, 0.5, 0.5]] * 5)
+    half = layer_samples(np.ones((5, 4)), [[1.7, 1.0, 1.0, 1.0]] * 5)
+    assert told(falling(), layers=most) == {"dominating_layer"}
+    assert told(falling(), layers=half) == set()
+
+
+def test_a_loss_scaler_that_finds_no_scale():
+    """One step in ten overflows, or the scale fell under 1; one overflow in 200 steps is routine."""
+
+    def scaled(overflows, scale):
+        norms = np.ones(600)
+        norms[overflows] = math.nan
+        skipped = np.zeros(600, bool)
+        skipped[overflows] = True
+        return told(falling(), norms, skipped=skipped, loss_scale=np.full(600, scale))
+
+    assert scaled(slice(400, 600, 10), 1024.0) == {"loss_scale_trouble"}
+    assert scaled(slice(0, 0), 0.5) == {"loss_scale_trouble"}
+    assert scaled(slice(500, 501), 1024.0) == set()
+
+
+def test_clipping_that_alone_keeps_a_run_alive():
+    """Norms of a hundred times the threshold now and then; a low threshold makes none of that."""
+    norms = np.full(600, 0.5)
+    norms[::40] = 100.0
+    facts = {"threshold": np.ones(600), "clipped": norms > 1.0}
+    assert "clipping_keeps_it_alive" in told(falling(), norms, **facts)
+    assert told(falling(), np.full(600, 0.5), **facts | {"clipped": np.zeros(600, bool)}) == set()
+    high = np.full(600, 30.0)
+    assert "clipping_keeps_it_alive" not in told(falling(), high, **facts | {"clipped": high > 1})
+
+
+@pytest.mark.parametrize("changes", [False, True])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_a_wall_of_scaled_norms_is_told_from_one_of_true_norms(unscaled, changes):
+    """A loop that unscales first clips at 1.0 whatever the scale; one that does not, at 1.0 / scale."""
+    scale = np.where(np.arange(600) < 500, 1024.0, 2048.0) if changes else np.full(600, 1024.0)
+    norms = np.minimum(np.random.default_rng(0).lognormal(1.0, 0.5, 600), 1.0)
+    seen = norms if unscaled else norms / scale
+    assert ("not_unscaled" in told(falling(), seen, loss_scale=scale)) == (not unscaled)
+
+
 def test_what_was_found_does_not_flicker_and_ends_with_its_cause():
     """Open at a strength of 1, closed under 0.7; in between it stays as it was."""
     shares = np.r_[np.linspace(0.1, 0.9, 60), np.linspace(0.9, 0.1, 60)]
@@ -217,11 +312,10 @@ def test_the_monitor_keeps_findings_and_ends_them():
 def test_the_verb(capsys):
     """`gradwatch diagnose`: exit status 1 on a finding, the same as JSON."""
     train(0, clip=gradwatch.ClipNorm(0.01))
-    verb = [sys.executable, "-m", "gradwatch_dashboards.cli"]
     run = subprocess.run(
         [sys.executable, "-c", "from gradwatch_dashboards.cli import main; main()",
          "diagnose", "job", "--json"], capture_output=True, text=True, check=False,
     )  # fmt: skip
-    assert run.returncode == 1, (verb, run.stderr)
+    assert run.returncode == 1, run.stderr
     told = {finding["finding"] for finding in json.loads(run.stdout)}
     assert "clipping_every_step" in told

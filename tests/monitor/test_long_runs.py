@@ -365,3 +365,82 @@ def test_migrating_sums_up_what_is_stored(new_store):
     assert migrate(url, progress=lambda *of: seen.append(of)) == ("0002", schema.REVISION)
     assert seen == [(0, 2), (1, 2), (2, 2)]
     assert summed_up(url) == before
+
+
+@pytest.mark.parametrize("length", [900, 2500])
+def test_a_prune_keeps_what_is_told_of_a_runs_last_block(new_store, length):
+    """It is not whole, so nobody had summed it up; nor one that a later attempt cuts."""
+    url = new_store()
+    first = records(0, length)
+    first["time"] = NOW - 50 * DAY + first["step"]
+    write(url, first)
+    again = records(length - 300, 1700, seed=1)
+    again["time"] = NOW - 40 * DAY + again["step"]
+    job = Job(url, "again", length - 300)
+    job.write(again)
+    job.end()
+    recent = records(length + 1400, 10, seed=2)  # a step that is left keeps the run
+    recent["time"] = NOW
+    job = Job(url, "recent", length + 1400)
+    job.write(recent)
+    job.end()
+    with Store(url) as store:
+        before, frame = store.summary(1), store.steps(1)
+    assert before.steps == len(frame) == length + 1410
+    retention.prune(url, 30, now=NOW + 1)
+    with Store(url) as store:
+        assert len(store.steps(1)) == 10
+        assert store.summary(1) == before
+        assert History.of(store, 1).steps == length + 1410
+    assert integrity.check(url) == []
+    retention.prune(url, 30, now=NOW + 1)
+    with Store(url) as store:
+        assert store.summary(1) == before
+
+
+def test_what_came_of_a_change_is_told_of_all_the_steps(new_store):
+    """Of those that are blocks by now too: counts and shares are numpy's, what they would have been nearly."""
+    from gradwatch_monitor.applying import Applied, outcomes
+
+    url = new_store()
+    steps = records(0, 60_000, odd=0.0)
+    steps["threshold"] = np.select([steps["step"] < 1234, steps["step"] < 45_678], [1.0, 1.5], 3.0)
+    steps["flags"] = np.where(steps["pre_norm"] > steps["threshold"], FLAGS.CLIPPED, 0)
+    write(url, steps)
+    made = [
+        Applied(i, at, NOW, "ada", None, 1.0, new, None, {}, "")
+        for i, (at, new) in enumerate([(1234, 1.5), (10_000, 1.5), (45_678, 3.0)])
+    ]
+    with Store(url) as store:
+        timeline = views.Timeline(1)
+        timeline.refresh(store)
+        assert timeline.blocks.steps == 40_000
+        told = timeline.outcomes(store, made)
+        assert timeline.outcomes(store, []) == []
+    exact = outcomes(made, steps["step"], steps["pre_norm"], steps["flags"] > 0)
+    assert [o.steps for o in told] == [8766, 35_678, 14_322]
+    for ours, theirs in zip(told, exact, strict=True):
+        assert (ours.steps, ours.ratio) == (theirs.steps, pytest.approx(theirs.ratio))
+        assert ours.would == pytest.approx(theirs.would, abs=0.01)
+
+
+def test_a_loss_whose_beginning_was_pruned_measures_no_progress(new_store):
+    """The first that is left is not the first that there was: nobody is said to have diverged."""
+    url = new_store()
+    steps = records(0, 60_000, odd=0.0)
+    steps["loss"] = 5 * np.exp(-steps["step"] / 3000) + 0.1
+    steps["loss"][200:260] = 12.0
+    steps["pre_norm"][200:1400:5] *= 12
+    steps["time"] = NOW - np.where(steps["step"] < 50_000, 40 * DAY, 1 * DAY) + steps["step"] / 1e3
+    write(url, steps)
+    with Store(url) as store:
+        before = recommend(store, 1)
+        assert History.of(store, 1).losses.first == pytest.approx(5.1)
+    retention.prune(url, 30, now=NOW)
+    with Store(url) as store:
+        assert History.of(store, 1).losses is None
+        assert recommend(store, 1).verdict == before.verdict
+    resumed = new_store()
+    write(resumed, steps[5000:25_000])
+    with Store(resumed) as store:
+        assert History.of(store, 1).losses is None

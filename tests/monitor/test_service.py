@@ -144,3 +144,10 @@ def test_a_silent_run_is_no_target():
         connection.execute("UPDATE runs SET heartbeat_at = ?", (time.time() - 3600,))
     with Store() as store:
         assert service.targets(store.runs()) == []
+
+
+def test_it_binds_an_address_of_the_sixth_version():
+    """Its URL has brackets."""
+    made = service.Service("gradwatch.db", address="::1", port=0)
+    assert made.url.startswith("http://[::1]:")
+    made._server.server_close()

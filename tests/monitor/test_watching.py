@@ -119,3 +119,32 @@ def test_a_run_is_looked_at_once_more_after_its_end():
         watch.look(store)
         (finding,) = store.findings(1)
     assert (finding.finding, finding.last_step) == ("nonfinite_gradient", 99)
+
+
+def test_a_run_that_cannot_be_looked_at_keeps_nobody_from_the_others(monkeypatch):
+    """Its error is raised after they were, in every round, and gone with its cause."""
+    from gradwatch_monitor import watching
+
+    agents = [
+        write_run(run=name, steps=250, close=False, nan_at=(240,)) for name in ("odd", "sick")
+    ]
+    real = watching.diagnose
+
+    def diagnose_(store, run_id):
+        if store.run(run_id).name == "odd":
+            raise ZeroDivisionError
+        return real(store, run_id)
+
+    monkeypatch.setattr(watching, "diagnose", diagnose_)
+    watch = Watch()
+    with Store() as store:
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                watch.look(store)
+        assert "nonfinite_gradient" in {f.finding for f in store.findings(store.run("sick").id)}
+        assert store.findings(store.run("odd").id) == []
+        monkeypatch.setattr(watching, "diagnose", real)
+        watch.look(store)
+        assert "nonfinite_gradient" in {f.finding for f in store.findings(store.run("odd").id)}
+    for agent in agents:
+        agent.close()

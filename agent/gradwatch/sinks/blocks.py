@@ -47,8 +47,9 @@ def store(
     stored: Stored,
     blocks: Sequence[int],
     batch: np.ndarray[Any, np.dtype[np.void]] | None = None,
+    until: int = 2**63 - 1,
 ) -> None:
-    """Make the rows of these blocks, or make them again.
+    """Make the rows of these blocks, or make them again; of the steps before `until`.
 
     `batch` are records of which the table has each as it stands there.
     """
@@ -58,7 +59,7 @@ def store(
     read_back = (
         row
         for start, stop in _in_a_row(others)
-        for row in rows_of(records_of(connection, stored, start * BLOCK, stop * BLOCK))
+        for row in rows_of(records_of(connection, stored, start * BLOCK, min(stop * BLOCK, until)))
     )
     rows = [
         tuple({**own, **row}[column.name] for column in step_summaries.columns)

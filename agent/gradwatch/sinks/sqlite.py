@@ -132,8 +132,10 @@ def checkpoint(engine: sa.Engine, path: Path, *, final: bool = False) -> bool:
                 mode = "TRUNCATE" if final else "PASSIVE"
                 with contextlib.closing(engine.raw_connection()) as connection:
                     connection.cursor().execute(f"PRAGMA wal_checkpoint({mode})").close()
-            if final:
+            if final and alone:
                 engine.dispose()  # the last connection to close checkpoints too
+            elif final:
+                let_go(engine, path)
             return alone
     return False
 

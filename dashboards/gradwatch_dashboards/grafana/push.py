@@ -55,11 +55,7 @@ def connect(url: str, token: str, *, timeout: float = 10.0) -> Iterator[GrafanaA
     """
     from grafana_client.api import GrafanaApi  # noqa: PLC0415 - heavy, and an extra
 
-    parsed = urllib.parse.urlsplit(url)
-    if parsed.scheme not in {"http", "https"} or not parsed.hostname or "@" in parsed.netloc:
-        shown = parsed._replace(netloc=parsed.netloc.rpartition("@")[2]).geturl()
-        msg = f"--url {shown}: right would be http://127.0.0.1:3000, without user and password"
-        raise ConfigurationError(msg)
+    parsed = _parsed(url)
     if not re.fullmatch(r"[!-~]+", token):
         msg = "the Grafana token is empty, or holds what no token does (a space, a line break?)"
         raise ConfigurationError(msg)
@@ -76,6 +72,20 @@ def connect(url: str, token: str, *, timeout: float = 10.0) -> Iterator[GrafanaA
             msg = f"{base} is Grafana {version}; the dashboards need version {OLDEST} or later"
             raise GrafanaError(msg)
         yield api
+
+
+def _parsed(url: str) -> urllib.parse.SplitResult:
+    """The address in its parts. Raises `ConfigurationError` where it cannot be one."""
+    try:
+        parsed = urllib.parse.urlsplit(url)
+        good = parsed.scheme in {"http", "https"} and parsed.hostname and parsed.port != 0
+    except ValueError:  # brackets that do not close, a port that is none
+        good = False
+    if not good or "@" in parsed.netloc:
+        shown = url if "@" not in url else f"…@{url.rpartition('@')[2]}"
+        msg = f"--url {shown}: right would be http://127.0.0.1:3000, without user and password"
+        raise ConfigurationError(msg)
+    return parsed
 
 
 def _version(settings: Any) -> str:

@@ -171,7 +171,7 @@ def page(run_id: int) -> None:
             st.caption("No loss was logged: gradwatch.Agent.of(optimizer).log(loss=loss)")
     left, right = st.columns(2)
     with left:
-        advice(run, recommendation, timeline.outcomes(changes))
+        advice(run, recommendation, timeline.outcomes(store, changes))
     with right:
         slider(timeline, recommendation.threshold, recommendation.current_threshold)
     st.subheader("Events", anchor=False)

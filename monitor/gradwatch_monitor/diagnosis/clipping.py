@@ -23,6 +23,7 @@ _RECENT = 500
 _AT_LEAST = 200
 _BY_ELEMENT = {"ClipValue", "ClipLayerNorm", "AdaptiveGradientClip"}
 _FAR_ABOVE = 10.0  # times the threshold
+_LEAST_SET = 1e-3  # thresholds that people set are greater
 
 
 def clipping_every_step(window: Window) -> Sign | None:
@@ -141,6 +142,8 @@ def not_unscaled(window: Window) -> Sign | None:
     wall = float((known >= top * (1 - 1e-4)).mean())
     if top <= 0 or wall < 0.3:
         return None
+    if not _is_of_scaled(recent, wall, top):
+        return None
     return Sign(
         "not_unscaled", "critical", wall / 0.5, recent.span(),
         f"{100 * wall:.0f} % of the last {len(known)} norms are exactly {top:.3g} before the loss "
@@ -150,6 +153,18 @@ def not_unscaled(window: Window) -> Sign | None:
         "PyTorch, Automatic mixed precision examples: gradient clipping",
         {"limit": top, "share": wall},
     )  # fmt: skip
+
+
+def _is_of_scaled(recent: Window, wall: float, top: float) -> bool:
+    """Whether norms end at one number when scaled rather than when not.
+
+    At one scale they do both, or neither: then by which of the numbers somebody may have set.
+    """
+    true = recent.pre_norm[np.isfinite(recent.pre_norm) & (recent.loss_scale > 1.0)]
+    scales = recent.loss_scale[np.isfinite(recent.pre_norm) & (recent.loss_scale > 1.0)]
+    if scales.max() == scales.min():
+        return top / float(scales[0]) < _LEAST_SET
+    return wall > float((true >= float(true.max()) * (1 - 1e-4)).mean())
 
 
 RULES: tuple[Rule, ...] = (

@@ -151,8 +151,9 @@ def exploding_weights(window: Window) -> Sign | None:
         return None
     growth = math.log(totals[-1] / totals.min())
     now = float(np.median(loss[-50:]))
-    first = float(window.first_losses[0])
     lowest = min(float(np.median(part)) for part in np.array_split(loss, len(loss) // 50))
+    # Where the run's beginning is not on record, its lowest loss stands for it.
+    first = float(window.first_losses[0]) if len(window.first_losses) else lowest
     if now < 1.5 * min(first, lowest) or now < _AGAIN * first or growth <= 0:
         return None
     steps = layers.step[known]
