@@ -119,11 +119,10 @@ def late(clip, *, to_none=True, fused=True, optimizer_class=torch.optim.AdamW, p
     return sink
 
 
+LIMITS = itertools.cycle([1e9, 0.1])
 LATE = {
     "by norm": lambda model: clip_grad_norm_(model.parameters(), 0.1),
-    "by norm, every other step": lambda model, limit=itertools.cycle([1e9, 0.1]): clip_grad_norm_(
-        model.parameters(), next(limit)
-    ),
+    "by norm, every other step": lambda model: clip_grad_norm_(model.parameters(), next(LIMITS)),
     "by value": lambda model: torch.nn.utils.clip_grad_value_(model.parameters(), 0.01),
 }
 
