@@ -64,7 +64,9 @@ class Afterwards:
         self._suspects = True
         if copy is None:
             return False
-        if torch.equal(old, copy):  # only its version moved on: multiplied by 1, to measure the norm
+        if torch.equal(
+            old, copy
+        ):  # only its version moved on: multiplied by 1, to measure the norm
             self._in_vain += 1
             return False
         self._looks += 1
