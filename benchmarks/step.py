@@ -1,9 +1,9 @@
 """A watched step against `clip_grad_norm_` + `step`: alternating calls in one process.
 
 Everything is on: ring, worker, SQLite, exporter, and a process that scrapes it every second. The
-gradients are written anew before every call, outside the time taken. Prints medians and their
-ratio; the ratio is what can be compared from machine to machine. The floor is what no monitoring
-that reads the gradients can go below: one read of them and the bare step.
+gradients are written anew before every call, and all threads put to work, outside the time taken.
+Prints medians and their ratio; the ratio is what can be compared from machine to machine. The floor
+is what no monitoring that reads the gradients can go below: one read of them and the bare step.
 
     make bench
     .venv/bin/python benchmarks/step.py --rounds 0.2     # a fifth of the rounds, for a quick look
@@ -22,6 +22,7 @@ import time
 from statistics import median
 
 import torch
+from pace import Work
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -89,7 +90,7 @@ class Job:
             self.optimizer._optimizer_step_post_hooks,
         )
         self._on = [(before, dict(before)), (after, dict(after))]
-        self._meter = Meter()
+        self._meter, self._backward = Meter(), Work()
         self._divisor = torch.full((), 2.0, device=device)
 
     def alone(self):
@@ -127,6 +128,8 @@ class Job:
             self.optimizer.grad_scale = self._divisor
         for p, g in zip(self.params, self.gradients, strict=True):
             p.grad.copy_(g)
+        # A job's backward pass has just had all threads at work: none has to be woken up.
+        self._backward.until(0.0)
         if self.device != "cpu":
             torch.cuda.synchronize()
         step = getattr(self, way)

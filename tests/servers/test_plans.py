@@ -186,6 +186,7 @@ def test_what_readers_ask(full, monkeypatch):
         "first_loss": lambda s: (s.first_loss(7),),
         "layers": lambda s: s.layers(7),
         "changes": lambda s: s.changes(7),
+        "last_change": lambda s: (s.last_change(7),),
     }
     not_queries = {"close", "apply"}
     assert set(asked) == {n for n in dir(Store) if not n.startswith("_")} - not_queries
