@@ -1,9 +1,12 @@
 """Apply and Undo in a real browser, on a job that is really running."""
 
+import contextlib
 import sqlite3
+import time
 
 from live import live
 from pages import LONG, open_run, overlapping_texts
+from playwright.sync_api import Error as PlaywrightError
 from playwright.sync_api import expect
 from stores import write_run
 
@@ -25,6 +28,22 @@ def marks(page):
     return page.locator('[data-testid="stVegaLiteChart"] svg .mark-symbol').locator(
         'path[fill="#12806a"]'
     )
+
+
+def point_at(page, mark):
+    """The tooltip of a mark; the charts may be drawn anew while the mouse is on its way."""
+    tip = page.locator("#vg-tooltip-element")
+    deadline = time.monotonic() + LONG / 1000
+    while not tip.is_visible():
+        assert time.monotonic() < deadline, "no tooltip came up"
+        with contextlib.suppress(PlaywrightError):  # the mark was taken away to be drawn anew
+            mark.scroll_into_view_if_needed(timeout=1000)
+            box = mark.bounding_box(timeout=1000)
+            if box:
+                page.mouse.move(0, 0)
+                page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        page.wait_for_timeout(300)
+    return tip
 
 
 def test_a_recommendation_is_applied_and_undone(page, serve, screenshot):
@@ -62,9 +81,7 @@ def test_a_recommendation_is_applied_and_undone(page, serve, screenshot):
         assert "threshold applied" in charts.nth(0).inner_text()
         assert "threshold applied" in charts.nth(1).inner_text()
         job.pause()
-        marks(page).first.hover(force=True)
-        tip = page.locator("#vg-tooltip-element")
-        expect(tip).to_be_visible(timeout=LONG)
+        tip = point_at(page, marks(page).first)
         for words in (change.by, f"{change.new:.4g}", f"{change.step:,}", "in the dashboard"):
             expect(tip).to_contain_text(words)
         screenshot(page, "applied")
