@@ -9,6 +9,7 @@ import pandas as pd
 from tsdownsample import MinMaxLTTBDownsampler
 
 from gradwatch_monitor.applying import outcomes
+from gradwatch_monitor.evidence import BURN_IN
 from gradwatch_monitor.history import COLUMNS, History, facts, first_of
 from gradwatch_monitor.store import status_of
 from gradwatch_monitor.timeline import RECENT, Blocks
@@ -110,8 +111,8 @@ class Timeline:
 
     @property
     def norms(self) -> Distribution:
-        """The norms that are finite and above 0."""
-        return self._history().since(0.0).distribution
+        """The norms that are finite and above 0, after the first fifth: as `recommend` sees them."""
+        return self._history().since(BURN_IN).distribution
 
     def at(self, steps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
         """Where points of these steps stand; None where they are evenly apart, as of each step."""
@@ -248,7 +249,10 @@ def _line_chart(timeline: Timeline, name: str, points: int) -> pd.DataFrame:
 
 
 def what_if(timeline: Timeline, threshold: float) -> tuple[float, int]:
-    """The share of the norms above a threshold, and how many there are: finite and above 0."""
+    """The share of the norms above a threshold, and how many there are.
+
+    Of those that a recommendation rests on: finite, above 0, after the run's first fifth.
+    """
     norms = timeline.norms
     return float(norms.share(threshold)), norms.count
 
@@ -258,6 +262,7 @@ def what_if_curve(
 ) -> pd.DataFrame:
     """Threshold and clip_ratio over the range of the norms, evenly spaced on a log axis.
 
+    The norms are those of `what_if`.
     `include` are thresholds that are to be among them, where they are within the range.
     """
     norms = timeline.norms

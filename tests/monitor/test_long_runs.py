@@ -191,7 +191,7 @@ def agrees(url):
         low, high = ((norms > threshold * factor).mean() for factor in (1.016, 1 / 1.016))
         assert low <= history.ratio(threshold) <= high
     curve = views.what_if_curve(timeline)
-    assert curve.clip_ratio.tolist() == [history.ratio(t) for t in curve.threshold]
+    assert curve.clip_ratio.tolist() == [history.since(0.2).ratio(t) for t in curve.threshold]
     for windows in (history.windows(8, 0.2), history.windows(3)):
         assert sum(window.steps for window in windows) in {
             len(frame), history.since(0.2).steps

@@ -111,7 +111,8 @@ def slider(timeline: views.Timeline, recommended: float | None, current: float |
     st.session_state["threshold"] = threshold
     ratio, steps = views.what_if(timeline, threshold)
     st.markdown(
-        f"At **{threshold:g}**, **{100 * ratio:.1f} %** of {steps:,} steps would have been clipped."
+        f"At **{threshold:g}**, **{100 * ratio:.1f} %** of the {steps:,} steps after the run's first "
+        "fifth would have been clipped."
     )
     st.altair_chart(charts.what_if(curve, threshold, ratio, BAND))
     st.caption("Over this run's own norms. Clipping changes a run: check it again on the next one.")

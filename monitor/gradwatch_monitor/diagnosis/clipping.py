@@ -54,7 +54,7 @@ def _clipped(window: Window, finding: str, at_least: float) -> Sign | None:
         finding, "warning", share / at_least, recent.span(recent.clipped),
         f"{100 * share:.0f} % of the last {len(recent)} steps were clipped at "
         f"{recent.constant:g}: {meaning}",
-        "`gradwatch recommend` names a threshold near the top of the usual norms. If the loss is "
+        "gradwatch recommend names a threshold near the top of the usual norms. If the loss is "
         "unsteady without it, the learning rate is too high or the initialisation bad.",
         "rule of thumb: a threshold belongs near the top of the normal range",
         {"share": share, "threshold": recent.constant},
@@ -81,7 +81,7 @@ def threshold_never_reached(window: Window) -> Sign | None:
         "threshold_never_reached", "warning", len(at) / 3, recent.span(),
         f"the loss leapt up {len(at)} times and nothing was clipped: the greatest norm, {top:.3g}, "
         f"is under the threshold of {recent.constant:g}",
-        "Lower the threshold to near the top of the usual norms (`gradwatch recommend`).",
+        "Lower the threshold to near the top of the usual norms (gradwatch recommend).",
         "Pascanu et al. 2013, section 3.2",
         {"threshold": recent.constant, "greatest_norm": top, "spikes": len(at)},
     )  # fmt: skip
