@@ -105,9 +105,9 @@ class ClippedTwice:
             "warning",
             int(wall["step"][0]),
             int(wall["step"][-1]),
-            f"the loop clips by itself before step(): {len(wall)} of the last {len(window)} "
-            f"gradient norms are exactly {limit:g} and none is greater, so the true norms are "
-            "not seen.",
+            f"the loop clips by itself before step(): when it was seen, {len(wall)} of "
+            f"{len(window)} gradient norms were exactly {limit:g} and none greater. The true norms "
+            "are not seen.",
             f"Take the loop's own clip_grad_norm_(…, {limit:g}) out and let gradwatch clip: "
             f"gradwatch.wrap(optimizer, clip=gradwatch.ClipNorm({limit:g})). Where the loop uses "
             "the norm, agent.clip() returns it.",

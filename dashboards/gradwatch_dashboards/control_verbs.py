@@ -65,21 +65,17 @@ def apply(
         )
         raise ConfigurationError(msg)
     from gradwatch.policies import ClipNorm, parse  # noqa: PLC0415
-    from gradwatch_monitor import recommend  # noqa: PLC0415
-    from gradwatch_monitor.applying import Proposal, undoing  # noqa: PLC0415
-    from gradwatch_monitor.applying import recommended as propose  # noqa: PLC0415
     from gradwatch_monitor.applying import wait as wait_for  # noqa: PLC0415
+    from gradwatch_monitor.applying import was_in_force  # noqa: PLC0415
     from gradwatch_monitor.store import obstacle  # noqa: PLC0415
 
     if threshold is not None:
         ClipNorm(threshold)  # says what a threshold is
-    named = Proposal(threshold, parse(policy) if policy is not None else None)
+    if policy is not None:
+        parse(policy)  # says what a policy is, before the store is asked
     with open_store(store) as opened:
         found = opened.run(run)
-        if recommended:
-            proposal = propose(recommend(opened, found.id))
-        else:
-            proposal = undoing(opened, found.id) if undo else named
+        proposal = _proposal(opened, found, threshold, policy, undo=undo)
         if (told := obstacle(found)) is not None:
             raise NotControllableError(told)
         if not yes and sys.stdin.isatty() and sys.stdout.isatty():
@@ -87,10 +83,11 @@ def apply(
         change = proposal.ask(opened, found.id, by=user(), reason=reason)
         if wait:
             change = wait_for(opened, found.id, change, timeout)
+        before = was_in_force(opened, found.id, change) or number(change.previous)
     if as_json:
         print_json({"run": found.name, "run_id": found.id, **dataclasses.asdict(change)})
     else:
-        _tell(found, change, proposal, waited=wait)
+        _tell(found, change, before, proposal, waited=wait)
     if wait and change.applied_step is None:
         raise typer.Exit(NOT_FOUND)
 
@@ -103,11 +100,25 @@ def _confirm(store: Store, run: Run, proposal: Proposal) -> None:
         raise typer.Exit(NOT_FOUND)
 
 
-def _tell(run: Run, change: Change, proposal: Proposal, *, waited: bool) -> None:
+def _proposal(
+    store: Store, run: Run, threshold: float | None, policy: str | None, *, undo: bool
+) -> Proposal:
+    """What is to be asked: that threshold, that policy, an undo, or what is recommended."""
+    from gradwatch_monitor import recommend  # noqa: PLC0415
+    from gradwatch_monitor.applying import Proposal, recommended, undoing, written  # noqa: PLC0415
+
+    if threshold is not None:
+        return Proposal(threshold)
+    if policy is not None:
+        return written(policy, store.summary(run.id).last_threshold)
+    return undoing(store, run.id) if undo else recommended(recommend(store, run.id))
+
+
+def _tell(run: Run, change: Change, before: str, proposal: Proposal, *, waited: bool) -> None:
     """What has become of it, in a line."""
     name = escape(run.name)
     if change.applied_step is not None:
-        moved = escape(f"{number(change.previous)} → {proposal}")
+        moved = escape(f"{before} → {proposal}")
         out.print(f"{name}: {moved} from step {change.applied_step:,} on (change {change.id})")
     elif change.refused is not None:
         err.print(f"gradwatch: {name} did not take it: {escape(change.refused)}")

@@ -125,8 +125,8 @@ def _show(found: Run, summary: Summary, findings: list[Finding], events: list[Ev
         ("clipped", f"{summary.clipped:,}" + (f" ({100 * ratio:.1f} %)" if ratio else "")),
         ("NaN or inf", f"{summary.nonfinite:,}"),
         ("skipped", f"{summary.skipped:,} ({summary.amp_overflows:,} AMP overflows)"),
-        ("last norm", number(summary.last_pre_norm)),
-        ("last loss", number(summary.last_loss)),
+        ("last finite norm", number(summary.last_pre_norm)),
+        ("last finite loss", number(summary.last_loss)),
         ("threshold", number(summary.last_threshold)),
     ):
         table.add_row(label, escape(str(value)))
@@ -156,7 +156,7 @@ def recommend(
         return
     out.print(f"{escape(found.name)}: {result.verdict.replace('_', ' ')}")
     out.print(escape(result.sentence))
-    for reason in result.reasons:
+    for reason in result.remarks:
         out.print(f"  - {escape(reason)}")
     if result.policy is not None:
         out.print(f"\nclip=gradwatch.{escape(str(result.policy))}")

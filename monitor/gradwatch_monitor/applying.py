@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.errors import ConfigurationError, NotControllableError
-from gradwatch.policies import ClipNorm, Policy, TargetRatio, build
+from gradwatch.policies import ClipNorm, PercentileClip, Policy, TargetRatio, build, parse
 from gradwatch.summaries import Distribution, merge
 from gradwatch_monitor.timeline import Blocks
 
@@ -33,7 +33,9 @@ __all__ = [
     "undoing",
     "wait",
     "wanted",
+    "was_in_force",
     "why_not",
+    "written",
 ]
 
 AT_LEAST = 50  # steps since a change, before its clip ratio is told
@@ -125,8 +127,8 @@ class Stated:
 class Outcome:
     """What came of a change: the clip ratio from its step to the next change's, or to now.
 
-    `would` is the share that its threshold would have clipped of the steps before it, `stated`
-    what was promised where it was recommended. `ratio` is None before `AT_LEAST` steps.
+    `would` is the share that a constant would have clipped of the steps before it (None of a policy
+    that moves its threshold), `stated` what was promised where it was recommended. `ratio` is None before `AT_LEAST` steps.
     """
 
     applied: Applied
@@ -217,6 +219,21 @@ def applied(store: Store, run_id: int) -> list[Applied]:
     ]
 
 
+def written(text: str, now: float | None) -> Proposal:
+    """The policy of that text; one that says nothing of its first threshold begins at `now`.
+
+    `now` is the threshold in force. Raises `ConfigurationError` as `parse` does.
+    """
+    policy = parse(text)
+    if (
+        now is not None
+        and "initial" not in text
+        and isinstance(policy, TargetRatio | PercentileClip)
+    ):
+        policy = dataclasses.replace(policy, initial=now)
+    return Proposal(policy=policy)
+
+
 def last_in_force(changes: Sequence[Applied]) -> Applied | None:
     """The last change that no undo has taken back: what the next undo is about.
 
@@ -267,6 +284,24 @@ def _before(change: Applied) -> Policy[Any]:
         raise NotControllableError(msg) from None
 
 
+def was_in_force(store: Store, run_id: int, change: Change) -> str | None:
+    """The policy that a change replaced, as one would write it; None before it was taken.
+
+    One that moves its threshold is told with where that stood.
+    """
+    taken = [one for one in applied(store, run_id) if one.change == change.id]
+    if not taken or taken[-1].before is None:
+        return None
+    before, old = taken[-1].before, taken[-1].old
+    try:
+        proposal = Proposal(policy=build(before.get("inner", before)))
+    except ConfigurationError:
+        return None
+    if old is None or type(proposal.policy) is ClipNorm:
+        return str(proposal)
+    return f"{proposal} at {old:.4g}"
+
+
 def wait(store: Store, run_id: int, change: Change, seconds: float) -> Change:
     """The change once the job has taken or refused it, or as it is when the time is over."""
     deadline = time.monotonic() + seconds
@@ -307,11 +342,16 @@ def outcomes(
                 change,
                 steps,
                 both / steps if steps >= AT_LEAST else None,
-                _share(change.new, pre_norm[before], past),
+                _share(change.new, pre_norm[before], past) if _is_constant(change) else None,
                 Stated.read(change.reason),
             )
         )
     return found
+
+
+def _is_constant(change: Applied) -> bool:
+    after = change.after.get("inner", change.after)
+    return bool(after["policy"] == ClipNorm.__name__)
 
 
 def _share(threshold: float | None, norms: np.ndarray[Any, Any], past: Blocks) -> float | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gradwatch.habits import ClippedTwice
 from gradwatch_monitor.rerun import AS_LONG_AS_THE_GRADIENT, rerun_of
 
 if TYPE_CHECKING:
@@ -102,6 +103,18 @@ class Evidence:
         """How much of a run at `tau` this one tells anything about."""
         return self.rerun.known(self.tau)
 
+    def wall(self) -> tuple[float, float] | None:
+        """The norm that the loop's own clipping ends at, and the share of norms that lie there.
+
+        None where the agent saw no such clipping, or the last 500 norms show none.
+        """
+        recent = self.whole.norms[-500:]
+        if not self.history.clipped_before or not len(recent):
+            return None
+        top = float(recent.max())
+        there = recent >= top * (1 - ClippedTwice.ROUNDING) - 1.5e-6
+        return (top, float(there.mean())) if there.sum() >= ClippedTwice.AT_LEAST else None
+
     def level_of_start(self) -> float:
         """The 80th percentile of the first norms."""
         return float(self.late.levels(0.8)[0])
@@ -189,7 +202,10 @@ class Evidence:
 
     def tamed(self) -> str | None:
         """The sentence that says that clipping kept the start of a converged run in hand."""
-        if not self.held or not self.converged or self.history.changed_at:
+        # An adaptive optimizer's steps are as long without: there, nothing was kept in hand.
+        if not (self.held and self.converged and self.steps_follow_the_gradient):
+            return None
+        if self.history.changed_at:
             return None
         levels = self._levels
         last = int(np.flatnonzero(levels >= levels.max() * math.exp(-_CONVERGED))[-1]) + 1

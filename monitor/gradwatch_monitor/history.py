@@ -29,7 +29,7 @@ from gradwatch_monitor.timeline import Blocks
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from gradwatch_monitor.rows import Event, Run
+    from gradwatch_monitor.rows import Event, Finding, Run
     from gradwatch_monitor.store import Store
 
 __all__ = ["COLUMNS", "History", "Losses", "Stretch", "facts", "first_of"]
@@ -74,6 +74,9 @@ class History:
     begins: bool = (
         True  # whether its beginning is the run's: it was not pruned, nor resumed elsewhere
     )
+    clipped_before: bool = (
+        False  # whether the agent saw that the loop clips by itself before step()
+    )
     changed_at: int = 0  # the steps before another policy was applied, the last time that one was
     _stretches: dict[float, Stretch] = dataclasses.field(
         default_factory=dict, init=False, repr=False
@@ -85,7 +88,10 @@ class History:
         blocks, columns = store.long(run_id, ("step", *COLUMNS), of_blocks=_OF_BLOCKS)
         first = store.first_loss(run_id) if blocks.steps else None
         told = facts(
-            store.run(run_id), first_of(blocks, columns["step"]), store.last_change(run_id)
+            store.run(run_id),
+            first_of(blocks, columns["step"]),
+            store.last_change(run_id),
+            store.findings(run_id),
         )
         norms, threshold, clipped, nonfinite, loss = (columns[name] for name in COLUMNS)
         return cls(
@@ -132,7 +138,7 @@ class History:
         exact = _finite(self.loss) if self.loss is not None else np.empty(0)
         least, most = (_finite(self.blocks.column(f"loss_{end}")) for end in ("min", "max"))
         first = self.first_loss if self.blocks.steps else exact[0] if len(exact) else None
-        if first is None or len(exact) < _LOSSES or min([*least, exact.min()]) <= 0:
+        if first is None or len(exact) < _LOSSES or min([*least, exact.min()]) < 0 or first == 0:
             return None
         fifth = (self.blocks.steps + len(exact)) // 5
         early = most[: -(-len(most) // 4)] if len(most) else exact[: len(exact) // 4]
@@ -315,10 +321,12 @@ class Stretch:
         return total / self.steps if self.steps else 0.0
 
 
-def facts(run: Run, first: int | None, change: Event | None) -> dict[str, Any]:
+def facts(
+    run: Run, first: int | None, change: Event | None, findings: Sequence[Finding]
+) -> dict[str, Any]:
     """What is on record beside the steps, of which `first` is the first: how it clips, since when.
 
-    `change` is the event of the last change that was applied.
+    `change` is the event of the last change that was applied, `findings` what was concluded so far.
     """
     policies: Sequence[Mapping[str, Any]] = run.settings.get("policies", [])
     if change is not None and first is not None:
@@ -329,6 +337,7 @@ def facts(run: Run, first: int | None, change: Event | None) -> dict[str, Any]:
         "optimizer": str(run.settings.get("optimizer", "")),
         "policy": ", ".join(policy["policy"] for policy in policies),
         "norm_type": math.inf if norm_type is None else float(norm_type),
+        "clipped_before": any(f.finding == "clipped_twice" and not f.ended_at for f in findings),
         "begins": first is None or first < _BEGINNING,
         "changed_at": 0 if change is None or first is None else max(0, change.step - first),
     }

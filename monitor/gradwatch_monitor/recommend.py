@@ -36,7 +36,7 @@ class Recommendation:
     """What to do about a run's clipping threshold, and why.
 
     `threshold` is the constant that should clip `target` of the steps, whatever the verdict (None
-    with `not_enough_data` alone). `interval` holds the clip ratio that a re-run with it should
+    where too few norms are known to tell one). `interval` holds the clip ratio that a re-run with it should
     have, in 80 % of cases. `policy` is what to run with: None where nothing is to be changed.
     """
 
@@ -53,6 +53,7 @@ class Recommendation:
     band: tuple[float, float]
     current_is_constant: bool = True  # whether it was in force all along
     current_policy: str = ""  # the class of what clips now
+    over: str = ""  # the steps that `current_clip_ratio` is of, in words
 
     @property
     def sentence(self) -> str:
@@ -67,7 +68,12 @@ class Recommendation:
         if self.current_clip_ratio is None:
             return would
         at = f" at {self.current_threshold:g}" if self.current_is_constant else ""
-        return f"clipped {100 * self.current_clip_ratio:.0f} % of steps{at}; {would}"
+        return f"clipped {100 * self.current_clip_ratio:.0f} % of steps{at} {self.over}; {would}"
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """The reasons that the sentence does not say already."""
+        return tuple(reason for reason in self.reasons if reason != self.sentence)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -103,15 +109,12 @@ def recommend_from(
     """The same from a history in memory: a pure function."""
     _check(target, band)
     seen = Evidence(history, target)
-    if seen.count < AT_LEAST:
+    if (unknown := _unknown(seen)) is not None:
+        verdict, policy, reasons = unknown
         return Recommendation(
-            "not_enough_data", None, None, None, None,
-            (
-                (f"{seen.count} finite gradient norms after the first "
-                f"{100 * BURN_IN:.0f} % of the run; {AT_LEAST} are needed"),
-            ),
-            history.steps, seen.current_threshold, seen.late_ratio, target, band,
-            current_policy=history.policy,
+            verdict, None, None, None, policy, tuple(reasons), history.steps,
+            seen.current_threshold, seen.late_ratio, target, band, current_policy=history.policy,
+            over=_over(seen),
         )  # fmt: skip
     verdict, policy, reasons = _judge(seen, band)
     return Recommendation(
@@ -128,6 +131,7 @@ def recommend_from(
         band=band,
         current_is_constant=seen.constant,
         current_policy=history.policy,
+        over=_over(seen),
     )
 
 
@@ -143,6 +147,33 @@ def _judge(seen: Evidence, band: tuple[float, float]) -> _Judgement:
         or _constant(seen, band)
         or _policy(seen, band)
     )
+
+
+def _unknown(seen: Evidence) -> _Judgement | None:
+    """No threshold can be read from it: the true norms are not there, or too few."""
+    if (wall := seen.wall()) is not None:
+        top, share = wall
+        return "not_enough_data", None, [
+            (f"the loop clips by itself before step(): {100 * share:.0f} % of the last norms are "
+            f"exactly {top:.3g}, so the true norms are not seen, nor what a threshold would clip: "
+            "take its own clip_grad_norm_ out, and ask again of the next run")
+        ]  # fmt: skip
+    if seen.count >= AT_LEAST:
+        return None
+    faults = _faults(seen)
+    if faults is not None and seen.late.steps >= AT_LEAST:
+        return faults
+    return "not_enough_data", None, [
+        (f"{seen.count} finite gradient norms after the first {100 * BURN_IN:.0f} % of the run; "
+        f"{AT_LEAST} are needed")
+    ]  # fmt: skip
+
+
+def _over(seen: Evidence) -> str:
+    """What the share that was clipped is of."""
+    if seen.history.changed_at > seen.start.steps:
+        return f"in the {seen.since.steps:,} steps since the last change"
+    return "after the first fifth of the run"
 
 
 def _faults(seen: Evidence) -> _Judgement | None:
@@ -203,7 +234,7 @@ def _no_need(seen: Evidence, band: tuple[float, float]) -> _Judgement | None:
     said = "nothing is clipped" if not ratio else f"{100 * ratio:.1f} % is clipped"
     if seen.converged and (rarely or (ratio is not None and ratio < low)):
         return "not_needed", None, [
-            (f"after the first fifth of the run {said}, and the norms fell {seen.fall:.0f}-fold as "
+            (f"{_over(seen)} {said}, and the norms fell {seen.fall:.0f}-fold as "
             "it converged"),
             (f"{seen.tau:g} would put it in the band of {_percent(band)}, and clip every step of "
             "the phase in which it learns: the band would do harm here"),
@@ -213,7 +244,7 @@ def _no_need(seen: Evidence, band: tuple[float, float]) -> _Judgement | None:
         return None
     faults = round(seen.whole.nonfinite_ratio * seen.whole.steps)
     state = (
-        f"{faults} steps had a NaN or inf, which no threshold is for; the others are healthy"
+        f"{faults} step{'s' if faults > 1 else ''} had a NaN or inf, which no threshold is for; the others are healthy"
         if faults
         else "the run is healthy as it is"
     )
@@ -246,9 +277,9 @@ def _keep(
         ]  # fmt: skip
     moves = seen.unsteadiness(lambda stretch: stretch.clip_ratio)
     evenly = (
-        f"evenly so over the run (it moves by {100 * moves:.0f} points, chance aside)"
+        f"evenly so over the run ({_deviates(moves)})"
         if moves <= _STEADY
-        else f"where the norms are large (it moves by {100 * moves:.0f} points): a policy that "
+        else f"where the norms are large ({_deviates(moves)}): a policy that "
         "follows them would loosen there"
     )
     return "keep", None, [
@@ -265,7 +296,7 @@ def _change(seen: Evidence, band: tuple[float, float]) -> _Judgement | None:
     return "change", ClipNorm(tau, seen.history.norm_type), [
         *_outside(seen, band),
         (f"{tau:g} would have clipped {100 * seen.ratio(tau):.0f} % of the steps, evenly over "
-        f"the run (it moves by {100 * moves:.0f} points, chance aside)"),
+        f"the run ({_deviates(moves)})"),
     ]  # fmt: skip
 
 
@@ -293,15 +324,15 @@ def _why_no_constant(seen: Evidence) -> str:
     moves = seen.unsteadiness(lambda stretch: stretch.ratio(tau))
     would = f"{tau:g} would have clipped {100 * seen.ratio(tau):.0f} % of the steps"
     if seen.known < _KNOWN:
+        shows = f"the first {100 * seen.known:.0f} %" if seen.known >= 0.01 else "next to nothing"
         return (
-            f"clipped so much, {seen.history.optimizer} gets on slowly: this run shows the first "
-            f"{100 * seen.known:.0f} % of what one at {tau:g} goes through, and no constant can be "
-            "read from that"
+            f"clipped so much, {seen.history.optimizer} gets on slowly: this run shows {shows} of "
+            f"what one at {tau:g} goes through, and no constant can be read from that"
         )
     if moves > _STEADY:
         return (
-            f"the norms drift: {would}, but the share moves by {100 * moves:.0f} points "
-            "over the run, so no constant stays in the band"
+            f"the norms drift: {would}, but not evenly over the run ({_deviates(moves)}), so no "
+            "constant stays in the band"
         )
     least, most = seen.interval()
     return (
@@ -321,10 +352,7 @@ def _outside(seen: Evidence, band: tuple[float, float]) -> list[str]:
     at = f" at {seen.current_threshold:g}" if seen.constant else ""
     where = "below" if ratio < low else "above"
     return [
-        (
-            f"after the first fifth of the run {100 * ratio:.0f} % of the steps were clipped{at}, "
-            f"{where} the band of {_percent(band)}"
-        )
+        f"{_over(seen)} {100 * ratio:.0f} % were clipped{at}, {where} the band of {_percent(band)}"
     ]
 
 
@@ -362,6 +390,10 @@ def _remarks(seen: Evidence, verdict: Verdict) -> list[str]:
             "share again on the next run"
         )
     return remarks
+
+
+def _deviates(moves: float) -> str:
+    return f"from one eighth to the next by a standard deviation of {100 * moves:.0f} points"
 
 
 def _check(target: float, band: tuple[float, float]) -> None:

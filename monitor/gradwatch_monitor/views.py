@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from gradwatch.summaries import Distribution
     from gradwatch_monitor.applying import Applied, Outcome
-    from gradwatch_monitor.rows import Event
+    from gradwatch_monitor.rows import Event, Finding
     from gradwatch_monitor.store import Run, Store
 
 __all__ = [
@@ -66,11 +66,13 @@ class Timeline:
         self._past = (-1, -1)
         self._first_loss: float | None = None
         self._change: Event | None = None  # the last that was applied
+        self._findings: list[Finding] = []
         self._columns: dict[str, np.ndarray[Any, Any]] = {}
 
     def refresh(self, store: Store) -> None:
         """Read the steps that have come since."""
         self._change = store.last_change(self.run_id)
+        self._findings = store.findings(self.run_id)
         past = store.past(self.run_id)
         if past != self._past or len(self["step"]) > 2 * RECENT:
             self._past = past
@@ -100,7 +102,8 @@ class Timeline:
 
     def history(self, run: Run) -> History:
         """What the recommendation looks at."""
-        return self._history(**facts(run, first_of(self.blocks, self["step"]), self._change))
+        first = first_of(self.blocks, self["step"])
+        return self._history(**facts(run, first, self._change, self._findings))
 
     def _history(self, **told: Any) -> History:
         norms, threshold, clipped, nonfinite, loss = (self[name] for name in COLUMNS)
@@ -159,7 +162,7 @@ def thin(
     """Positions of about `points` values that draw the same line; at `x`, or evenly apart.
 
     MinMaxLTTB (Van Der Donckt et al. 2023, arXiv 2305.00332) over the finite values: extremes are
-    kept. A stretch without any that is wide enough to be seen stays a gap.
+    kept, and so are both ends. A stretch without any that is wide enough to be seen stays a gap.
     """
     if len(y) <= points:
         return np.arange(len(y))
@@ -171,7 +174,7 @@ def thin(
         drawn = [np.ascontiguousarray(values[finite]) for values in ((y,) if x is None else (x, y))]
         chosen = finite[MinMaxLTTBDownsampler().downsample(*drawn, n_out=points).astype(np.int64)]
     wide = (np.diff(finite) > 1) & (np.diff(at[finite]) > (at[-1] - at[0] + 1) / points)
-    return np.union1d(chosen, finite[np.flatnonzero(wide)] + 1)
+    return np.union1d(chosen, [*(finite[np.flatnonzero(wide)] + 1), 0, len(y) - 1])
 
 
 def _frame(

@@ -26,7 +26,7 @@ def test_as_one_would_write_it(text, policy):
     ("text", "words"),
     [
         ("Clip(1.0)", "no policy is called 'Clip'; there are AdaptiveGradientClip"),
-        ("TargetRatio(cup=3)", "unexpected keyword argument 'cup'"),
+        ("TargetRatio(cup=3)", "TargetRatio has no 'cup'; it takes low, high, cap, initial"),
         ("TargetRatio(cap=-3)", "cap must be a finite number above 0"),
         ("ClipNorm(1, 2, 3)", "ClipNorm takes 2 arguments: max_norm, norm_type"),
         ("ClipNorm(1, max_norm=2)", "is no policy; write one as"),

@@ -150,7 +150,7 @@ def test_undo_walks_back(run):
         # It begins where it was when it was replaced, not at the threshold of a first step.
         assert part.policy == TargetRatio(cap=3.0, initial=third.old)
         assert applied(store, 1)[-1].reason == f"undo of change {third.change}; worse"
-        assert "TargetRatio(cap=3.0) → ClipNorm(0.5)" in store.events(1)[1].message
+        assert "TargetRatio(cap=3.0, initial=2.5) → ClipNorm(0.5)" in store.events(1)[1].message
         assert run("apply", "live", "--undo")[0] == 0
         assert job.agent.threshold == second.old == 2.5
         # A change after an undo is undone first.
@@ -161,6 +161,20 @@ def test_undo_walks_back(run):
         assert part.policy == TargetRatio(cap=4.0, initial=first.old)
         status, _, errors = run("apply", "live", "--undo")
         assert (status, "nothing to undo" in errors) == (1, True)
+
+
+def test_a_policy_begins_where_the_threshold_was(run):
+    """Not at a first threshold of its own that nobody named; and what it replaced is told."""
+    with live() as job, Store() as store:
+        job.until(100)
+        status, text, _ = run("apply", "live", "--policy", "PercentileClip(95, multiplier=2)")
+        assert (status, job.agent.threshold) == (0, 1.0)
+        assert "live: 1 → PercentileClip(initial=1.0) from step" in text
+        assert applied(store, 1)[0].new == 1.0
+        status, text, _ = run("apply", "live", "--policy", "PercentileClip(initial=7)")
+        assert (status, job.agent.threshold) == (0, 7.0)
+        status, text, _ = run("apply", "live", "2")
+        assert (status, "live: PercentileClip(initial=7) at 7 → 2 from step" in text) == (0, True)
 
 
 def test_a_job_that_takes_no_step(run):

@@ -103,6 +103,11 @@ def _make(name: object, arguments: dict[str, Any]) -> Policy[Any]:
     if not isinstance(name, str) or name not in _POLICIES:
         msg = f"no policy is called {name!r}; there are {', '.join(_POLICIES)}"
         raise ConfigurationError(msg)
+    known = [field.name for field in dataclasses.fields(_POLICIES[name])]  # type: ignore[arg-type]
+    if unknown := [argument for argument in arguments if argument not in known]:
+        takes = f"takes {', '.join(known)}" if known else "takes no arguments"
+        msg = f"{name} has no {', '.join(map(repr, unknown))}; it {takes}"
+        raise ConfigurationError(msg)
     try:
         return _POLICIES[name](**arguments)
     except TypeError as error:

@@ -69,12 +69,19 @@ def heading(run: Run, summary: Summary) -> None:
         "NaN or inf": f"{summary.nonfinite:,}",
         "Skipped": f"{summary.skipped:,}",
         "AMP overflows": f"{summary.amp_overflows:,}",
-        "Last norm": number(summary.last_pre_norm),
-        "Last loss": number(summary.last_loss),
-        "Threshold": number(summary.last_threshold),
+        "Last norm": _short(summary.last_pre_norm),
+        "Last loss": _short(summary.last_loss),
+        "Threshold": _short(summary.last_threshold),
     }
     for column, (label, value) in zip(st.columns(len(values)), values.items(), strict=True):
-        column.metric(label, value)
+        told = "The last finite one." if label.startswith("Last") else None
+        column.metric(label, value, help=told)
+
+
+def _short(value: float | None) -> str:
+    """Four digits; of numbers with an exponent two, which is what a tile has room for."""
+    text = number(value)
+    return text if "e" not in text else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
 
 
 def advice(run: Run, recommendation: Recommendation, outcomes: Sequence[Outcome]) -> None:
@@ -84,7 +91,7 @@ def advice(run: Run, recommendation: Recommendation, outcomes: Sequence[Outcome]
         verdict = "it is in force" if held else VERDICTS[recommendation.verdict]
         st.markdown(f"#### Recommendation: {verdict}")
         st.markdown(f"**{plain(recommendation.sentence)}**")
-        st.markdown("\n".join(f"- {plain(reason)}" for reason in recommendation.reasons))
+        st.markdown("\n".join(f"- {plain(reason)}" for reason in recommendation.remarks))
         if recommendation.policy is not None:
             st.code(f"clip=gradwatch.{recommendation.policy}", language="python")
         control.panel(store, run, recommendation, outcomes)
@@ -177,7 +184,7 @@ def page(run_id: int) -> None:
         slider(timeline, recommendation.threshold, recommendation.current_threshold)
     st.subheader("Events", anchor=False)
     if events.empty:
-        st.caption("None: no NaN, no spike, no overflow.")
+        st.caption("None were noted.")
     else:
         st.dataframe(
             events,

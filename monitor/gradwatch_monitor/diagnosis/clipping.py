@@ -23,6 +23,7 @@ _RECENT = 500
 _AT_LEAST = 200
 _BY_ELEMENT = {"ClipValue", "ClipLayerNorm", "AdaptiveGradientClip"}
 _FAR_ABOVE = 10.0  # times the threshold
+_OF_THE_START = 2.0  # times the usual norm of the run's first steps
 _LEAST_SET = 1e-3  # thresholds that people set are greater
 
 
@@ -69,7 +70,8 @@ def threshold_never_reached(window: Window) -> Sign | None:
         not math.isfinite(recent.constant)
         or recent.clipped.any()
         or not len(loss)
-        or loss.min() <= 0
+        or not np.isfinite(recent.pre_norm).any()
+        or loss.min() < 0
         or not len(window.first_losses)
     ):
         return None
@@ -113,9 +115,14 @@ def clipping_keeps_it_alive(window: Window) -> Sign | None:
     if len(recent) < _AT_LEAST or not math.isfinite(recent.constant):
         return None
     norms = recent.pre_norm
-    far = norms > _FAR_ABOVE * recent.constant
-    usual = float(np.nanmedian(norms))
-    if usual > recent.constant * 3:  # the threshold is low, the norms need not be wild
+    known = np.isfinite(norms)
+    if not known.any():
+        return None
+    first = window.first_norms[np.isfinite(window.first_norms)]
+    usual, at_first = (float(np.median(x)) if len(x) else 0.0 for x in (norms[known], first))
+    # Norms that the run began with are not wild; nor are those of a threshold that is low.
+    far = norms > max(_FAR_ABOVE * recent.constant, _OF_THE_START * at_first)
+    if usual > recent.constant * 3:
         return None
     share = float(far.mean())
     if share <= 0:

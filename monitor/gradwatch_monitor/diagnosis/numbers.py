@@ -9,6 +9,7 @@ from gradwatch_monitor.diagnosis.window import Rule, Sign, Window
 __all__ = ["RULES", "dead_gradient", "loss_scale_trouble", "nonfinite_gradient", "nonfinite_loss"]
 
 _RECENT = 200  # steps after which what was seen counts no longer
+_FOR_GOOD = 10  # losses in a row that are NaN: it does not recover by itself
 _OVERFLOWS = 0.05  # of the steps; a scaler that looks for its scale doubles it every 2,000 steps
 
 
@@ -18,14 +19,35 @@ def nonfinite_loss(window: Window) -> Sign | None:
     count = int(recent.nonfinite_loss.sum())
     if not count:
         return None
+    first, last = recent.span(recent.nonfinite_loss)
+    ever_since = _unbroken(window)
+    if ever_since is None:
+        said, anew = f"in {count} of the last {len(recent)} steps", ""
+    else:
+        first = int(window.step[ever_since])
+        more = len(window) - ever_since
+        said = (
+            f"in every step since step {first:,}"
+            if ever_since
+            else f"in all of the last {more:,} steps"
+        )
+        anew = f" Go on from a checkpoint before step {first:,}." if first else ""
     return Sign(
-        "nonfinite_loss", "critical", float(count), recent.span(recent.nonfinite_loss),
-        f"the loss was NaN or inf in {count} of the last {len(recent)} steps",
-        "It came from the forward pass or the data: look at the step's batch, at divisions, "
-        "logarithms and square roots of 0, and at the learning rate if the loss grew before.",
+        "nonfinite_loss", "critical", float(count), (first, last),
+        f"the loss was NaN or inf {said}",
+        "It came from the forward pass or the data: look at the first such step's batch, at "
+        "divisions, logarithms and square roots of 0, and at the learning rate if the loss grew "
+        f"before.{anew}",
         "Pascanu, Mikolov, Bengio 2013, section 2",
         {"steps": count},
     )  # fmt: skip
+
+
+def _unbroken(window: Window) -> int | None:
+    """Where the losses that are none begin, if all are from there on, ten at least."""
+    good = np.flatnonzero(~window.nonfinite_loss)
+    start = int(good[-1]) + 1 if len(good) else 0
+    return start if len(window) - start >= _FOR_GOOD else None
 
 
 def nonfinite_gradient(window: Window) -> Sign | None:

@@ -25,14 +25,16 @@ _SPIKES = 3  # within the last 500 steps
 _SWING = 0.5  # how far neighbouring losses go against each other
 _BURST = math.log(4.0)  # log(q98 / median) within 100 steps
 _DRIFT = math.log(2.0)  # of the level, over the window
+_LEAST = 1e-12  # losses below it are 0
 _AGAIN = 0.5  # of the first loss: a loss that rises from near 0 by little is no explosion
+_NEARLY_ALL = 0.95  # of the steps
 _GROWTH = math.log(3.0)  # of the weights, within the window
 
 
 def _usable(loss: Array) -> Array:
-    """Finite losses, where they measure progress: all above 0."""
+    """Finite losses, where they measure progress: none below 0, which some are in the end."""
     finite = loss[np.isfinite(loss)]
-    return finite if len(finite) and finite.min() > 0 else np.empty(0)
+    return finite if len(finite) and finite.min() >= 0 < finite.max() else np.empty(0)
 
 
 def spikes(loss: Array, start: float) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
@@ -59,7 +61,8 @@ def loss_spikes(window: Window) -> Sign | None:
     at = spikes(loss, float(window.first_losses[0]))
     if not len(at):
         return None
-    worst = float((loss[at] / np.array([np.median(loss[i - 50 : i]) for i in at])).max())
+    before = np.array([np.median(loss[i - 50 : i]) for i in at])
+    worst = float((loss[at] / np.maximum(before, _LEAST)).max())
     return Sign(
         "loss_spikes", "warning", len(at) / _SPIKES, (int(steps[at[0]]), int(steps[at[-1]])),
         f"the loss leapt up {len(at)} times in the last {len(recent)} steps, {worst:.1f}-fold at "
@@ -81,7 +84,7 @@ def oscillating_loss(window: Window) -> Sign | None:
         return None
     # Independent noise gives -0.5 here, a loss that swings to and fro -1.
     turn = float(np.dot(moves[1:], moves[:-1])) / power
-    swing = float(np.median(np.abs(moves)) / np.median(loss))
+    swing = float(np.median(np.abs(moves)) / max(_LEAST, float(np.median(loss))))
     strength = min((-turn - _SWING) / 0.35, swing / 0.2)
     if strength <= 0:
         return None
@@ -107,7 +110,7 @@ def no_convergence(window: Window) -> Sign | None:
     return Sign(
         "no_convergence", "critical", now / begun, window.span(),
         f"the loss, {begun:.3g} at first, blew up and is now at {now:.3g}",
-        f"{_LEARNING_RATE}, and start anew: the weights are where gradients say nothing.",
+        f"{_LEARNING_RATE}, and start anew: where the weights are now, gradients say nothing.",
         _PASCANU, {"first": begun, "now": now},
     )  # fmt: skip
 
@@ -157,11 +160,12 @@ def exploding_weights(window: Window) -> Sign | None:
     if now < 1.5 * min(first, lowest) or now < _AGAIN * first or growth <= 0:
         return None
     steps = layers.step[known]
+    lowest_at = int(steps[int(totals.argmin())])
+    anew = f"start from a checkpoint of about step {lowest_at:,}" if lowest_at else "start anew"
     return Sign(
         "exploding_weights", "critical", growth / _GROWTH, (int(steps[0]), int(steps[-1])),
         f"the weights' norm grew from {totals.min():.3g} to {totals[-1]:.3g} while the loss rose",
-        f"{_LEARNING_RATE}, add weight decay, and start from a checkpoint before step "
-        f"{int(steps[int(totals.argmin())])}.",
+        f"{_LEARNING_RATE}, add weight decay, and {anew}.",
         _PASCANU, {"from": float(totals.min()), "to": float(totals[-1])},
     )  # fmt: skip
 
@@ -177,11 +181,16 @@ def norm_drift(window: Window) -> Sign | None:
     if rise <= 0:
         return None
     low, high = math.exp(float(levels[0])), math.exp(float(levels[-1]))
+    already = float(window.clipped.mean()) > _NEARLY_ALL
+    meaning = (
+        "Nearly every step is clipped already, so the steps taken are no longer for it. "
+        if already
+        else "A constant threshold clips more and more of the steps: TargetRatio(cap=…) follows. "
+    )
     return Sign(
         "norm_drift", "info", rise / _DRIFT, window.span(),
         f"the usual norm rose from {low:.3g} to {high:.3g}",
-        "A constant threshold clips more and more of the steps: TargetRatio(cap=…) follows. "
-        "Norms that go on rising come before an explosion: watch the loss.",
+        f"{meaning}Norms that go on rising while the loss does too come before an explosion.",
         "Pascanu et al. 2013; Andrew et al. 2021, arXiv 1905.03871", {"from": low, "to": high},
     )  # fmt: skip
 
