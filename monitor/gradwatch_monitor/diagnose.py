@@ -23,8 +23,13 @@ _Named = TypeVar("_Named", Finding, Sign)
 WINDOW = 2000  # steps that the rules look at
 START = 200  # and of the run's beginning
 OPENS, STAYS = 1.0, 0.7  # a finding's strength: so it does not come and go with every step
-# The one says all that the other does: most steps, or a wall of norms under a loss scale.
-_SAID_BY = {"clipping_most_steps": "clipping_every_step", "clipped_twice": "not_unscaled"}
+# The second says all that the first does: most steps, a wall of norms under a loss scale. And
+# nothing keeps a run alive that is lost.
+_SAID_BY = {
+    "clipping_most_steps": "clipping_every_step",
+    "clipped_twice": "not_unscaled",
+    "clipping_keeps_it_alive": "no_convergence",
+}
 OF_THE_AGENT = frozenset(
     {"clip_after_step", "clipped_twice"}
 )  # seen in the job itself, and told once

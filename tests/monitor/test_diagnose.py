@@ -279,6 +279,38 @@ def test_a_wall_of_scaled_norms_is_told_from_one_of_true_norms(unscaled, changes
     assert ("not_unscaled" in told(falling(), seen, loss_scale=scale)) == (not unscaled)
 
 
+def test_clipping_keeps_no_run_by_adam_alive():
+    """Its steps are as long without; and nothing keeps a run alive that is lost."""
+    norms = np.where(np.arange(600) % 50 == 0, 30.0, 0.5)
+    facts = {"clipped": norms > 1, "threshold": np.full(600, 1.0)}
+    for optimizer, expected in (("SGD", True), ("AdamW", False)):
+        said = told(falling(), norms, **facts, settings={"optimizer": optimizer})
+        assert ("clipping_keeps_it_alive" in said) == expected
+
+
+def test_a_loss_that_reaches_zero_is_a_run_that_learns():
+    """Cross-entropy is exactly 0 in the end; norms that leap from next to nothing are no explosion."""
+    norms = 1e-6 * np.random.default_rng(0).lognormal(0.0, 1.5, 2000)
+    assert "exploding_gradients" in told(np.full(2000, 1.0), norms)
+    assert "exploding_gradients" not in told(
+        np.maximum(np.linspace(1e-4, -1e-5, 2000), 0.0), norms, first_losses=np.linspace(2, 1, 200)
+    )
+
+
+@pytest.mark.parametrize("start", [0, 700])
+def test_a_loss_that_is_nan_ever_since_is_told_with_the_step(start):
+    """Not with the last 200 steps, which say nothing of where it began."""
+    bad = np.arange(1000) >= start
+    now = window(np.where(bad, math.nan, 1.0), nonfinite_loss=bad)
+    (sign,) = [sign for sign in signs(now) if sign.finding == "nonfinite_loss"]
+    assert sign.steps == (start, 999)
+    if start:
+        assert sign.message == "the loss was NaN or inf in every step since step 700"
+        assert sign.advice.endswith("Go on from a checkpoint before step 700.")
+    else:
+        assert sign.message == "the loss was NaN or inf in all of the last 1,000 steps"
+
+
 def test_what_was_found_does_not_flicker_and_ends_with_its_cause():
     """Open at a strength of 1, closed under 0.7; in between it stays as it was."""
     shares = np.r_[np.linspace(0.1, 0.9, 60), np.linspace(0.9, 0.1, 60)]

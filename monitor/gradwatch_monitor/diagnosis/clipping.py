@@ -23,7 +23,6 @@ _RECENT = 500
 _AT_LEAST = 200
 _BY_ELEMENT = {"ClipValue", "ClipLayerNorm", "AdaptiveGradientClip"}
 _FAR_ABOVE = 10.0  # times the threshold
-_OF_THE_START = 2.0  # times the usual norm of the run's first steps
 _LEAST_SET = 1e-3  # thresholds that people set are greater
 
 
@@ -112,17 +111,15 @@ def value_taken_for_a_norm(window: Window) -> Sign | None:
 def clipping_keeps_it_alive(window: Window) -> Sign | None:
     """Norms far above the threshold again and again: without it the run would be gone."""
     recent = window.last(1000)
-    if len(recent) < _AT_LEAST or not math.isfinite(recent.constant):
-        return None
     norms = recent.pre_norm
-    known = np.isfinite(norms)
-    if not known.any():
+    known = norms[np.isfinite(norms)]
+    # The steps of an adaptive optimizer are as long without clipping, which keeps nothing alive.
+    adaptive = "Adam" in recent.optimizer
+    if len(known) < _AT_LEAST or not math.isfinite(recent.constant) or adaptive:
         return None
-    first = window.first_norms[np.isfinite(window.first_norms)]
-    usual, at_first = (float(np.median(x)) if len(x) else 0.0 for x in (norms[known], first))
-    # Norms that the run began with are not wild; nor are those of a threshold that is low.
-    far = norms > max(_FAR_ABOVE * recent.constant, _OF_THE_START * at_first)
-    if usual > recent.constant * 3:
+    far = norms > _FAR_ABOVE * recent.constant
+    usual = float(np.median(known))
+    if usual > recent.constant * 3:  # the threshold is low, the norms need not be wild
         return None
     share = float(far.mean())
     if share <= 0:

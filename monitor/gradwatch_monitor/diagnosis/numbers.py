@@ -31,7 +31,7 @@ def nonfinite_loss(window: Window) -> Sign | None:
             if ever_since
             else f"in all of the last {more:,} steps"
         )
-        anew = f" Go on from a checkpoint before step {first:,}." if first else ""
+        anew = f" Go on from a checkpoint before step {first:,}." if ever_since and first else ""
     return Sign(
         "nonfinite_loss", "critical", float(count), (first, last),
         f"the loss was NaN or inf {said}",
