@@ -176,7 +176,7 @@ def _explain(error: ValidationError, given: dict[str, Any]) -> str:
         if problem["type"] == "extra_forbidden":
             message = f"no such setting; there are {', '.join(Settings.model_fields)}"
         shown = "" if name == "store" else f" = {problem['input']!r}"
-        lines.append(f"{where}{shown}: {message}")
+        lines.append(message if name == "store" == where else f"{where}{shown}: {message}")
     return "; ".join(lines)
 
 

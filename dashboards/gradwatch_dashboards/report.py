@@ -132,9 +132,9 @@ def _charts(
         return
     events = views.events_table(store, run.id)
     marks = views.changes_table(applied(store, run.id))
-    norms = views.norms_chart(timeline)
+    norms, broken = views.norms_chart(timeline), views.nonfinite_stretches(timeline)
     if norms["pre_norm"].notna().any():
-        yield "norms", _WIDE, charts.norms(norms, events, marks)
+        yield "norms", _WIDE, charts.norms(norms, events, marks, broken)
     ratios = views.clip_ratio(timeline, WINDOW)
     if len(ratios):
         yield (
@@ -147,7 +147,7 @@ def _charts(
         yield "what_if", _NARROW, curve
     losses = views.loss_chart(timeline)
     if len(losses):
-        yield "loss", _NARROW, charts.loss(losses, events, marks)
+        yield "loss", _NARROW, charts.loss(losses, events, marks, broken)
     rates = views.lr_chart(timeline)
     if len(rates):
         yield "lr", _NARROW, charts.lr(rates, marks)

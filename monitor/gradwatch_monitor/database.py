@@ -46,6 +46,9 @@ class Database:
         else:
             if not path.exists():
                 raise StoreNotFoundError(_absent(self.name))
+            if path.is_dir():
+                msg = f"{self.name} is a folder; name the store's file in it, as in gradwatch.db"
+                raise StoreError(msg)
             self._engine = _sqlite_reader(path)
         try:
             self._check(path)

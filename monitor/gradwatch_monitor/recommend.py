@@ -180,8 +180,9 @@ def _faults(seen: Evidence) -> _Judgement | None:
     """NaN or inf in more than one gradient in a hundred; a loss that diverged."""
     if seen.nonfinite_ratio > 0.01:
         return "fix_training", _kept(seen), [
-            (f"{100 * seen.nonfinite_ratio:.1f} % of the steps have a NaN or inf in the gradient: "
-            "find where it enters (the events name the parameter) before tuning a threshold")
+            (f"after the first fifth of the run {100 * seen.nonfinite_ratio:.1f} % of the steps have a "
+            "NaN or inf in the gradient: find where it enters (the events name the parameter) before "
+            "tuning a threshold")
         ]  # fmt: skip
     if divergence := seen.divergence():
         return "fix_training", *_after_divergence(seen, f"the training diverged: {divergence}")

@@ -28,7 +28,10 @@ def telling(url: str, problem: str) -> Iterator[None]:
     except (SQLAlchemyError, sqlite3.Error, ImportError, OSError) as error:
         cause = getattr(error, "orig", None) or error
         reason = str(cause).strip().splitlines() or [type(cause).__name__]
-        advice = f" ({told})" if (told := remedy(cause)) else ""
+        told = remedy(cause)
+        if getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+            told = f"is that the store? If it was, it has been written over: {told}"
+        advice = f" ({told})" if told else ""
         msg = f"{problem} {name}: {scrub(reason[0], url)}{advice}"
         raise StoreError(msg) from error
     except StoreError as error:

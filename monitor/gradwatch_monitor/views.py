@@ -29,6 +29,7 @@ __all__ = [
     "events_table",
     "loss_chart",
     "lr_chart",
+    "nonfinite_stretches",
     "norms_chart",
     "runs_table",
     "thin",
@@ -41,6 +42,7 @@ _COLUMNS = (
     "step", "time", "loss", "lr", "pre_norm", "post_norm", "threshold", "clipped", "nonfinite",
     "skipped",
 )  # fmt: skip
+_STRETCH = 10  # steps in a row with NaN or inf, from which on they are drawn as one
 MARKED = (
     "nonfinite_gradient",
     "nonfinite_loss",
@@ -214,6 +216,22 @@ def norms_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
     columns["pre_norm"] = np.where(pre > 0, pre, np.nan)
     keep = thin(np.log(columns["pre_norm"]), points, timeline.at(columns["step"]))
     return _frame(timeline, columns, keep, points)
+
+
+def nonfinite_stretches(timeline: Timeline) -> pd.DataFrame:
+    """First and last step of each stretch of at least ten in a row with NaN or inf in the gradient.
+
+    A block of which every step has is part of one.
+    """
+    block = timeline.blocks.column
+    whole = block("nonfinite") == block("steps")
+    first = np.concatenate([block("first_step"), timeline["step"]])
+    last = np.concatenate([block("last_step"), timeline["step"]])
+    bad = np.concatenate([whole, timeline["nonfinite"]]).astype(np.int8)
+    edges = np.diff(bad, prepend=0, append=0)
+    start, stop = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
+    frame = pd.DataFrame({"step": first[start], "to": last[stop]})
+    return frame[frame["to"] - frame["step"] >= _STRETCH - 1].reset_index(drop=True)
 
 
 def clip_ratio(timeline: Timeline, window: int, points: int = 1500) -> pd.DataFrame:

@@ -122,8 +122,10 @@ def test_stores_that_are_none_are_refused(tmp_path):
     with sqlite3.connect(tmp_path / "future.db") as connection:
         connection.execute("CREATE TABLE gradwatch_revision (version_num TEXT)")
         connection.execute("INSERT INTO gradwatch_revision VALUES ('9999')")
+    (tmp_path / "folder.db").mkdir()
     for name, kind, words in (
-        ("text.db", errors.StoreError, "not a database"),
+        ("folder.db", errors.StoreError, "is a folder; name the store's file"),
+        ("text.db", errors.StoreError, "not a database.*is that the store"),
         ("other.db", errors.StoreError, "not a gradwatch store"),
         ("mlflow.db", errors.StoreError, "not a gradwatch store.*runs"),
         ("future.db", errors.StoreRevisionError, "'9999'.*upgrade gradwatch"),

@@ -159,6 +159,17 @@ def test_runs_table(store):
     assert table["tags"].tolist() == ["", "lr=0.001"]
 
 
+def test_stretches_of_nan_are_drawn_as_such():
+    """Ten in a row or more, to the run's end; the axis shows all steps, those without a norm too."""
+    write_run(steps=60, nan_at=(3, *range(10, 19), *range(30, 40), *range(45, 60)))
+    with Store("gradwatch.db") as store:
+        timeline = views.Timeline(1)
+        timeline.refresh(store)
+    assert views.nonfinite_stretches(timeline).to_numpy().tolist() == [[30, 39], [45, 59]]
+    frame = views.norms_chart(timeline, 20)
+    assert (frame["step"].min(), frame["step"].max()) == (0, 59)
+
+
 def test_a_run_without_losses_or_norms():
     """Empty frames, not errors."""
     write_run(steps=3, loss=False, nan_at=(0, 1, 2))

@@ -119,7 +119,7 @@ def positive(policy: Policy[Any], name: str, *, finite: bool = True) -> None:
     """
     value = getattr(policy, name)
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
+        number = math.nan if isinstance(value, bool | str) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not number > 0 or (finite and math.isinf(number)):

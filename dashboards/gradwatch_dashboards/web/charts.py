@@ -40,15 +40,22 @@ _EVENT_NAMES = {
 }
 _APPLIED, _APPLIED_COLOUR = "threshold applied", "#12806a"
 _MARKS_AT_MOST = 200
+_CROWD = 40  # marks, above which they are drawn fainter: the lines are what matters
 _LEGEND = alt.Legend(
     title=None, orient="top", direction="horizontal", symbolStrokeWidth=2, labelLimit=400
 )
 
 
 def norms(
-    frame: pd.DataFrame, events: pd.DataFrame, changes: pd.DataFrame | None = None
+    frame: pd.DataFrame,
+    events: pd.DataFrame,
+    changes: pd.DataFrame | None = None,
+    stretches: pd.DataFrame | None = None,
 ) -> alt.LayerChart:
-    """Pre- and post-clip norm, the threshold, clipped steps, events and changes over the steps."""
+    """Pre- and post-clip norm, the threshold, clipped steps, events and changes over the steps.
+
+    `stretches` are those of NaN, drawn as areas.
+    """
     drawn = frame.rename(columns={"pre_norm": BEFORE, "post_norm": AFTER, "threshold": THRESHOLD})
     kinds = [name for name in (BEFORE, AFTER, THRESHOLD) if drawn[name].notna().any()]
     lines = drawn.melt("step", kinds, var_name="kind", value_name="norm")
@@ -92,8 +99,8 @@ def norms(
     kinds_marked = (
         "nonfinite_gradient", "grad_norm_spike", "spike_skipped", "amp_overflow", "records_dropped"
     )  # fmt: skip
-    rules = _rules(events, kinds_marked, x)
-    return _layered(rules, line, points, threshold, *_applied(changes, x), height=340)
+    area, rules = _areas(stretches, x), _rules(_outside(events, stretches), kinds_marked, x)
+    return _layered(area, rules, line, points, threshold, *_applied(changes, x), height=340)
 
 
 def clip_ratio(
@@ -133,22 +140,26 @@ def clip_ratio(
 
 
 def loss(
-    frame: pd.DataFrame, events: pd.DataFrame, changes: pd.DataFrame | None = None
+    frame: pd.DataFrame,
+    events: pd.DataFrame,
+    changes: pd.DataFrame | None = None,
+    stretches: pd.DataFrame | None = None,
 ) -> alt.LayerChart:
-    """The loss over the steps, with its own events, and changes of the threshold."""
+    """The loss over the steps, with its own events, stretches of NaN, changes of the threshold."""
     x = _step_axis(frame["step"])
     line = (
         alt.Chart(frame)
         .mark_line(strokeWidth=1.2, color=_NORM_COLOURS[AFTER], clip=True)
         .encode(
             x=x,
-            y=alt.Y("loss:Q", title="loss", axis=alt.Axis(format="~g"),
+            y=alt.Y("loss:Q", title="loss", axis=alt.Axis(format="~r"),
                     scale=alt.Scale(zero=False, nice=True)),
             tooltip=[alt.Tooltip("step:Q", format=","), alt.Tooltip("loss:Q", format=".4g")],
         )
     )  # fmt: skip
-    rules = _rules(events, ("nonfinite_loss", "loss_spike"), x)
-    return _layered(rules, line, *_applied(changes, x), height=250)
+    area = _areas(stretches, x)
+    rules = _rules(_outside(events, stretches), ("nonfinite_loss", "loss_spike"), x)
+    return _layered(area, rules, line, *_applied(changes, x), height=250)
 
 
 def lr(frame: pd.DataFrame, changes: pd.DataFrame | None = None) -> alt.LayerChart:
@@ -211,6 +222,41 @@ def what_if(
     return _layered(back, line, rule, point, height=250)
 
 
+def _areas(stretches: pd.DataFrame | None, x: alt.X) -> alt.Chart | None:
+    """Where step after step had NaN or inf."""
+    if stretches is None or stretches.empty:
+        return None
+    name = "NaN or inf"
+    areas = stretches.tail(_MARKS_AT_MOST).assign(event=f"{name}, step after step")
+    scale = alt.Scale(domain=areas["event"].unique().tolist(), range=[_EVENT_COLOURS[name]])
+    chart: alt.Chart = (
+        alt.Chart(areas)
+        .mark_rect(opacity=0.18, clip=True)
+        .encode(
+            x=x,
+            x2="to:Q",
+            fill=alt.Fill("event:N", legend=_LEGEND, scale=scale),
+            tooltip=[
+                alt.Tooltip("event:N"),
+                alt.Tooltip("step:Q", title="from", format=","),
+                alt.Tooltip("to:Q", format=","),
+            ],
+        )
+    )
+    return chart
+
+
+def _outside(events: pd.DataFrame, stretches: pd.DataFrame | None) -> pd.DataFrame:
+    """The events that no stretch of NaN says already."""
+    if stretches is None or stretches.empty:
+        return events
+    step = events["step"].to_numpy()[:, None]
+    first, last = stretches["step"].to_numpy(), stretches["to"].to_numpy()
+    within = np.asarray(((step >= first) & (step <= last)).any(axis=1))
+    said = within & events["kind"].str.startswith("nonfinite").to_numpy(dtype=bool)
+    return events[np.logical_not(said)]
+
+
 def _rules(events: pd.DataFrame, kinds: Sequence[str], x: alt.X) -> alt.Chart | None:
     """A vertical line at each of the latest events of these kinds."""
     marked = events[events["kind"].isin(kinds)].head(_MARKS_AT_MOST)
@@ -221,7 +267,7 @@ def _rules(events: pd.DataFrame, kinds: Sequence[str], x: alt.X) -> alt.Chart | 
     scale = alt.Scale(domain=names, range=[_EVENT_COLOURS[name] for name in names])
     chart: alt.Chart = (
         alt.Chart(marked[["step", "event", "message"]])
-        .mark_rule(strokeWidth=1.4, opacity=0.7)
+        .mark_rule(strokeWidth=1.4, opacity=0.7 if len(marked) <= _CROWD else 0.25)
         .encode(
             x=x,
             stroke=alt.Stroke("event:N", legend=_LEGEND, scale=scale),

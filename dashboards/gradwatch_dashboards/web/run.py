@@ -102,18 +102,22 @@ def slider(timeline: views.Timeline, recommended: float | None, current: float |
     st.subheader("What if", anchor=False)
     curve = views.what_if_curve(timeline, include=(recommended, current))
     if len(curve) < 2:
-        st.caption("There are no finite norms yet.")
+        st.caption("There are no finite norms after the first fifth.")
         return
     options = curve["threshold"].tolist()
-    before = st.session_state.get("threshold", recommended or options[len(options) // 2])
-    nearest = min(options, key=lambda option: abs(math.log(option / before)))
+    held, offered = st.session_state.get("threshold"), st.session_state.get("offered")
+    follows = held is None or held == offered  # nobody has moved it: it stays at the recommended
+    wanted = held if held and not follows else recommended or options[len(options) // 2]
+    nearest = min(options, key=lambda option: abs(math.log(option / wanted)))
+    if follows:
+        st.session_state["offered"] = offered = nearest
     threshold = st.select_slider(
         "Threshold",
         options,
         value=nearest,
         format_func=lambda option: f"{option:g}",
         # New norms move the ends of the range: that is another slider, at the same place.
-        key=f"what if {options[0]} {options[-1]} {len(options)}",
+        key=f"what if {options[0]} {options[-1]} {len(options)} {offered}",
     )
     st.session_state["threshold"] = threshold
     ratio, steps = views.what_if(timeline, threshold)
@@ -147,7 +151,8 @@ def page(run_id: int) -> None:
     timeline = st.session_state.get("timeline")
     if timeline is None or timeline.uid != run.uid:
         timeline = st.session_state["timeline"] = views.Timeline(run_id, run.uid)
-        st.session_state.pop("threshold", None)
+        for name in ("threshold", "offered"):
+            st.session_state.pop(name, None)
     timeline.refresh(store)
     heading(run, store.summary(run_id))
     findings(run_id)
@@ -161,7 +166,8 @@ def page(run_id: int) -> None:
     last = timeline.last_step
 
     st.subheader("Gradient norm", anchor=False)
-    st.altair_chart(charts.norms(views.norms_chart(timeline), events, marks))
+    broken = views.nonfinite_stretches(timeline)
+    st.altair_chart(charts.norms(views.norms_chart(timeline), events, marks, broken))
     left, right = st.columns(2)
     with left:
         st.subheader("Clip ratio", anchor=False)
@@ -174,7 +180,7 @@ def page(run_id: int) -> None:
         st.subheader("Loss", anchor=False)
         losses = views.loss_chart(timeline)
         if len(losses):
-            st.altair_chart(charts.loss(losses, events, marks))
+            st.altair_chart(charts.loss(losses, events, marks, broken))
         else:
             st.caption("No loss was logged: gradwatch.Agent.of(optimizer).log(loss=loss)")
     left, right = st.columns(2)
