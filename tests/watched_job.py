@@ -43,7 +43,7 @@ runs = [Run("noisy", gradwatch.ClipNorm(2.0)),
         Run("scaled", gradwatch.TargetRatio(cap=9.0), torch.amp.GradScaler("cpu", init_scale=256.0))]
 overhead, step, until = [], 0, time.time() + float(sys.argv[1])
 while time.time() < until:
-    runs[0].step(float("nan") if step % 97 == 50 else None)
+    runs[0].step(float("nan") if step % 197 == 50 else None)
     runs[1].step(float("inf") if step % 53 == 30 else None)
     overhead.append(runs[0].agent._recording.channel.overhead)
     step += 1

@@ -90,6 +90,7 @@ class Channel:
         self.closed = threading.Event()
         self.complete = False  # once closed: whether all of the ring was stored
         self._lost: dict[str, int] = {}  # never reset
+        self._overwritten = 0  # the greatest count of them that was told
         self.failed_told = 0  # of the steps that could not be recorded: those the store knows of
 
     def end(self, status: RunStatus | None, deadline: float) -> None:
@@ -135,15 +136,25 @@ class Channel:
 
     def backlog(self) -> int:
         """Step records in the ring that the store does not have yet."""
-        try:
-            return max(0, self.ring.heads[0] - self.store.steps)
-        except ValueError:  # the ring was let go of
-            return 0
+        capacity: int = self.ring.step_capacity
+        return min(self._waiting(), capacity)
 
     def overhead_seconds(self) -> float:
         """Time spent in the hooks on the training thread."""
         return self.overhead
 
     def dropped(self) -> dict[str, int]:
-        """Records lost to the store, by reason."""
-        return self._lost
+        """Records lost to the store, by reason; those overwritten since, before the store is told.
+
+        Never less than it was.
+        """
+        overwritten = max(0, self._waiting() - self.ring.step_capacity)
+        lost = self._lost.get("ring_full", 0) + overwritten
+        self._overwritten = max(self._overwritten, lost)
+        return {**self._lost, **({"ring_full": self._overwritten} if self._overwritten else {})}
+
+    def _waiting(self) -> int:
+        try:
+            return max(0, self.ring.heads[0] - self.store.steps)
+        except ValueError:  # the ring was let go of
+            return 0

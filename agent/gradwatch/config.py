@@ -188,6 +188,12 @@ def resolve_store(url: str) -> str:
     if re.match(r"(?![a-zA-Z]:[\\/])(?!sqlite:)[^/:@]+:(?!//).*@", url, re.DOTALL):
         msg = "the store's URL lacks its scheme: right would be postgresql+psycopg://user@host/name"
         raise ConfigurationError(msg)
+    if "://" not in url and re.search(r"(?:^|\s)(?:host|hostaddr|dbname|user|password)\s*=", url):
+        msg = (
+            "the store's URL is a connection string of PostgreSQL's own; right would be "
+            "postgresql+psycopg://user@host/name"
+        )
+        raise ConfigurationError(msg)
     try:
         if "://" not in url and not url.startswith("sqlite:"):
             parsed = URL.create("sqlite", database=url)

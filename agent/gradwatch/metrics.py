@@ -86,7 +86,11 @@ AGENT = (
 )
 
 MONITOR = (
-    Metric("gradwatch_recommended_threshold", "gauge", "Threshold that should clip the target."),
+    Metric(
+        "gradwatch_recommended_threshold",
+        "gauge",
+        "Threshold that should clip the target, where one is recommended.",
+    ),
     Metric("gradwatch_predicted_clip_ratio", "gauge", "Clip ratio predicted at that threshold."),
     Metric("gradwatch_finding_active", "gauge", "1 while a finding holds.", ("finding",)),
 )

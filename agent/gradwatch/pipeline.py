@@ -172,7 +172,8 @@ class Pipeline:
             ended = self._stopping and not self._channels
             if self._target is not None:
                 if not ended:
-                    self._target.keep(self.clock.monotonic())
+                    runs = {c.run.uid for c in channels if not c.run.recovered}
+                    self._target.keep(self.clock.monotonic(), runs)
                 elif self._ended_well:
                     self._target.remove()
             if ended:

@@ -71,6 +71,13 @@ def push(
     need("grafana_client", extra="grafana", verb="grafana push")
     from gradwatch_dashboards.grafana import push as pushing  # noqa: PLC0415
 
+    for option, value in (
+        ("--url", url),
+        ("--prometheus-url", prometheus_url),
+        ("--ui-url", ui_url),
+    ):
+        if value is not None:
+            pushing.checked(option, value)
     token = os.environ.get(_TOKEN, "") if token_file is None else _read(token_file)
     if not token.strip():
         where = f"{_TOKEN} is not set" if token_file is None else f"{token_file} is empty"

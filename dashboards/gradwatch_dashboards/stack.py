@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -63,7 +64,17 @@ def _say(line: str) -> None:
 
 
 def _port(name: str, default: int) -> int:
-    return int(os.environ.get(f"{name}_PORT", default))
+    """The port that was asked for, which has to be free: another's server would be taken for ours."""
+    told = os.environ.get(f"{name}_PORT", str(default))
+    if not told.isascii() or not told.isdigit() or not 0 < int(told) < 65536:
+        sys.exit(f"{name}_PORT={told}: a port is a number from 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", int(told)))
+        except OSError as error:
+            sys.exit(f"port {told} cannot be had ({error.strerror}): set {name}_PORT to another")
+    return int(told)
 
 
 def _program(name: str) -> str:

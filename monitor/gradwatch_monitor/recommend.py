@@ -207,7 +207,7 @@ def _explosion(seen: Evidence, band: tuple[float, float]) -> _Judgement | None:
     ratio, low = seen.late_ratio, band[0]
     if tamed := seen.tamed():
         return "fix_training", _kept(seen), [
-            f"the norms explode: {tamed}, and fell {seen.fall:.0f}-fold once it had learnt",
+            f"the norms explode: {tamed}, and fell {_fold(seen)} once it had learnt",
             (f"keep {seen.held:g}: a constant that clips a share of the end, as {seen.tau:g} does, "
             "would choke the steps in which it learns; a lower learning rate or another "
             "initialisation would need less of it"),
@@ -235,7 +235,7 @@ def _no_need(seen: Evidence, band: tuple[float, float]) -> _Judgement | None:
     said = "nothing is clipped" if not ratio else f"{100 * ratio:.1f} % is clipped"
     if seen.converged and (rarely or (ratio is not None and ratio < low)):
         return "not_needed", None, [
-            (f"{_over(seen)} {said}, and the norms fell {seen.fall:.0f}-fold as "
+            (f"{_over(seen)} {said}, and the norms fell {_fold(seen)} as "
             "it converged"),
             (f"{seen.tau:g} would put it in the band of {_percent(band)}, and clip every step of "
             "the phase in which it learns: the band would do harm here"),
@@ -391,6 +391,10 @@ def _remarks(seen: Evidence, verdict: Verdict) -> list[str]:
             "share again on the next run"
         )
     return remarks
+
+
+def _fold(seen: Evidence) -> str:
+    return f"{seen.fall:.0f}-fold" if seen.fall < 10_000 else "more than 10,000-fold"
 
 
 def _deviates(moves: float) -> str:

@@ -99,6 +99,8 @@ class Watch(Collector):
         for watched in list(self._watched.values()):
             name = watched.run.name
             made = watched.recommendation
+            if made is not None and made.verdict not in {"change", "use_policy"}:
+                made = None  # the constant that it names is not recommended
             if made is not None and made.threshold is not None and math.isfinite(made.threshold):
                 families["gradwatch_recommended_threshold"].add_metric([name], made.threshold)
             if made is not None and made.predicted_clip_ratio is not None:

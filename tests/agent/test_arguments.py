@@ -33,6 +33,7 @@ def test_a_threshold_is_a_finite_number_above_zero(policy, value):
         ({"metrics_port": 70000}, "70000.*0 to 65535"),
         ({"metrics_port": "abc"}, "abc.*0 to 65535"),
         ({"store": "mysql://root:secret@db/x"}, "SQLite or PostgreSQL"),
+        ({"store": "host=db user=me password=secret"}, "a connection string of PostgreSQL's own"),
         ({"store": 3}, "URL"),
         ({"run": ""}, "run"),
         ({"run": "x" * 241}, "run.*240 characters"),

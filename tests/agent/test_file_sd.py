@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import urllib.parse
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,13 +74,55 @@ def test_one_file_an_exporter(tmp_path, monkeypatch):
     wait_until(lambda: list((tmp_path / "new" / "folder").glob("*.json")))
     (path,) = (tmp_path / "new" / "folder").iterdir()
     port = urllib.parse.urlsplit(agent.metrics_url).port
-    assert path.name == f"gradwatch-{socket.gethostname()}-{port}.json"
+    assert path.name == f"gradwatch-node7.cluster-{port}.json"
     assert path.stat().st_mode & 0o444 == 0o444
     ((entry),) = json.loads(path.read_text())
+    runs = entry["labels"].pop("__gradwatch_runs")
+    assert agent.run_id in runs.split(",")
     assert entry == {
         "targets": [f"node7.cluster:{port}"],
         "labels": {"process": f"{socket.gethostname()}:{os.getpid()}"},
     }
+
+
+def test_what_an_earlier_attempt_left_goes_when_the_run_goes_on(tmp_path):
+    """At another port; files of other runs, and of others, stay as they are."""
+    (tmp_path / "node.json").write_text("[]")
+    (tmp_path / "gradwatch-other-1.json").write_text("not ours")
+    for port, runs in ((9501, {"a", "b"}), (9502, {"c"}), (9503, {"b", "d"})):
+        TargetFile(tmp_path, f"http://127.0.0.1:{port}/metrics", Troubles()).keep(0.0, runs)
+    host = socket.gethostname()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {
+        "node.json", "gradwatch-other-1.json", f"gradwatch-{host}-9502.json",
+        f"gradwatch-{host}-9503.json",
+    }  # fmt: skip
+    grown = TargetFile(tmp_path, "http://127.0.0.1:9504/metrics", Troubles())
+    grown.keep(0.0, {"e"})
+    grown.keep(1.0, {"e", "c"})
+    assert not (tmp_path / f"gradwatch-{host}-9502.json").exists()
+    assert json.loads(grown.path.read_text())[0]["labels"]["__gradwatch_runs"] == "c,e"
+
+
+def test_another_users_file_at_the_address_is_left_alone(tmp_path, monkeypatch, caplog):
+    """As in a folder like /tmp: there is one beside it, and no draft is left."""
+    target = TargetFile(tmp_path, "http://127.0.0.1:9505/metrics", Troubles())
+    theirs, replace = target.path, Path.replace
+
+    def refuse(self, to):
+        if to == theirs:
+            raise PermissionError(1, "Operation not permitted")
+        return replace(self, to)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    theirs.write_text("theirs")
+    target.keep(0.0)
+    assert theirs.read_text() == "theirs"
+    assert target.path.name == f"{theirs.stem}-uid{os.getuid()}.json"
+    assert {path.name for path in tmp_path.iterdir()} == {theirs.name, target.path.name}
+    assert caplog.messages == []
+    target.remove()
+    assert [path.name for path in tmp_path.iterdir()] == [theirs.name]
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, monkeypatch, caplog):

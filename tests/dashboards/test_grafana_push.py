@@ -416,6 +416,19 @@ def test_what_is_no_address(run, url):
     assert "hush" not in told
 
 
+@pytest.mark.usefixtures("token")
+@pytest.mark.parametrize("option", ["--prometheus-url", "--ui-url"])
+@pytest.mark.parametrize("url", ["garbage", "javascript:alert(1)"])
+def test_what_is_no_address_is_not_brought_to_the_server(run, option, url):
+    """Neither into the data source nor behind a link."""
+    grafana = Grafana()
+    with serving(grafana) as server:
+        status, text, errors = run("grafana", "push", "--url", server, option, url)
+    assert (status, text) == (2, "")
+    assert f"{option} {url}: right would be http://127.0.0.1:" in errors
+    assert grafana.requests == []
+
+
 def test_without_its_extra_it_says_which():
     """In an environment without grafana-client."""
     script = (

@@ -46,7 +46,10 @@ def test_the_newest_are_kept_and_the_loss_is_told_everywhere(caplog):
     other.execute("BEGIN IMMEDIATE")
     steps(500)
     assert not agent.flush(5.0)  # long enough to be told
-    assert metric(agent, "gradwatch_recorder_backlog_records{") == 500
+    assert metric(agent, "gradwatch_recorder_backlog_records{") == CAPACITY
+    # Told while it happens, not once the store is back.
+    lost = 500 - CAPACITY
+    assert metric(agent, 'gradwatch_dropped_records_total{rank="0",reason="ring_full"') == lost
     other.execute("COMMIT")
     other.close()
     assert agent.flush(20)
@@ -55,7 +58,6 @@ def test_the_newest_are_kept_and_the_loss_is_told_everywhere(caplog):
 
     kept = [*range(10), *range(510 - CAPACITY, 515)]
     assert [step for (step,) in query("SELECT step FROM steps ORDER BY step")] == kept
-    lost = 500 - CAPACITY
     ((step, data),) = query("SELECT step, data FROM events WHERE kind = 'records_dropped'")
     assert (step, data) == (510 - CAPACITY, f'{{"ring_full": {lost}}}')
     assert metric(agent, 'gradwatch_dropped_records_total{rank="0",reason="ring_full"') == lost

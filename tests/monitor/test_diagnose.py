@@ -311,6 +311,19 @@ def test_a_loss_that_is_nan_ever_since_is_told_with_the_step(start):
         assert sign.message == "the loss was NaN or inf in all of the last 1,000 steps"
 
 
+def test_steps_before_a_change_are_not_counted_as_clipped_at_what_is_in_force_now():
+    """A tight threshold was loosened: nothing is clipped at the new one."""
+    threshold = np.where(np.arange(1000) < 700, 0.01, 100.0)
+    clipped = threshold < 1.0
+    loosened = told(falling(1000), np.full(1000, 1.0), threshold=threshold, clipped=clipped)
+    assert loosened & {"clipping_every_step", "clipping_most_steps"} == set()
+    early = {"threshold": np.full(700, 0.01), "clipped": np.ones(700, bool)}
+    assert "clipping_every_step" in told(falling(700), np.full(700, 1.0), **early)
+    # A policy that moves its threshold is asked about all of its steps.
+    moving = {"threshold": np.linspace(0.1, 0.2, 700), "clipped": np.ones(700, bool)}
+    assert "clipping_every_step" in told(falling(700), np.full(700, 1.0), **moving)
+
+
 def test_what_was_found_does_not_flicker_and_ends_with_its_cause():
     """Open at a strength of 1, closed under 0.7; in between it stays as it was."""
     shares = np.r_[np.linspace(0.1, 0.9, 60), np.linspace(0.9, 0.1, 60)]

@@ -77,14 +77,30 @@ def test_it_starts_answers_and_leaves_nothing(stack, tmp_path):
     assert list((tmp_path / "stack" / "targets").iterdir()) == []
 
 
-def test_what_does_not_start_is_told_and_the_others_are_ended(stack, tmp_path):
-    """A port that is taken: the server's own words, and no process is left."""
+def test_a_port_that_is_taken_is_told_before_anything_starts(stack, tmp_path):
+    """A port that another's server has is not taken for ours; no process is left."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        process = stack(PROMETHEUS=taken.getsockname()[1])
+        port = taken.getsockname()[1]
+        process = stack(PROMETHEUS=port)
         _, errors = process.communicate(timeout=120)
     assert process.returncode == 1
-    assert "prometheus does not start" in errors
-    assert "address already in use" in errors
+    assert f"port {port} cannot be had (Address already in use): set PROMETHEUS_PORT" in errors
+    wait_until(lambda: processes(tmp_path / "stack") == [])
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for orphans in /proc")
+def test_what_does_not_start_is_told_and_the_others_are_ended(stack, tmp_path, monkeypatch):
+    """With the end of its log."""
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin" / "prometheus-alertmanager"
+    program.write_text("#!/bin/sh\necho 'there is no room for state' >&2\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    process = stack()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "alertmanager does not start" in errors
+    assert "there is no room for state" in errors
     wait_until(lambda: processes(tmp_path / "stack") == [])

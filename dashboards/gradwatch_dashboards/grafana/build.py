@@ -197,7 +197,8 @@ def agent() -> Dashboard:
     mine = f"and on (job, instance, process) gradwatch_steps_total{{{_ALL}}}"
     gone = (
         f"last_over_time(gradwatch_run_active{{{_ALL}}}[1d]) == 1 "
-        "and on (job, instance, process) up == 0"
+        "and on (job, instance, process) up == 0 "
+        "unless on (run, rank) gradwatch_run_active == 1"
     )
     for panel in (
         figure(1, "Exporters that answer", now(f"count(up == 1 {mine})"), "short", empty="none", span=6),

@@ -20,13 +20,18 @@ if TYPE_CHECKING:
 
     from grafana_client.api import GrafanaApi
 
-__all__ = ["DATA_SOURCE", "OLDEST", "Pushed", "connect", "push"]
+__all__ = ["DATA_SOURCE", "OLDEST", "Pushed", "checked", "connect", "push"]
 
 DATA_SOURCE = "gradwatch-prometheus"  # its uid
 FOLDER = "gradwatch"  # its uid
 OLDEST = 10  # the first major version with all that the dashboards use
 _HERE = Path(__file__).parent / "dashboards"
 
+_EXAMPLES = {
+    "--url": "http://127.0.0.1:3000",
+    "--prometheus-url": "http://127.0.0.1:9090",
+    "--ui-url": "http://127.0.0.1:8501",
+}
 _ANOTHER = "{} does not answer as Grafana does: is it another server, or under another path?"
 
 State = Literal["created", "changed", "as it was"]
@@ -55,7 +60,7 @@ def connect(url: str, token: str, *, timeout: float = 10.0) -> Iterator[GrafanaA
     """
     from grafana_client.api import GrafanaApi  # noqa: PLC0415 - heavy, and an extra
 
-    parsed = _parsed(url)
+    parsed = checked("--url", url)
     if not re.fullmatch(r"[!-~]+", token):
         msg = "the Grafana token is empty, or holds what no token does (a space, a line break?)"
         raise ConfigurationError(msg)
@@ -74,8 +79,8 @@ def connect(url: str, token: str, *, timeout: float = 10.0) -> Iterator[GrafanaA
         yield api
 
 
-def _parsed(url: str) -> urllib.parse.SplitResult:
-    """The address in its parts. Raises `ConfigurationError` where it cannot be one."""
+def checked(option: str, url: str) -> urllib.parse.SplitResult:
+    """The address of that option in its parts. Raises `ConfigurationError` where it cannot be one."""
     try:
         parsed = urllib.parse.urlsplit(url)
         good = parsed.scheme in {"http", "https"} and parsed.hostname and parsed.port != 0
@@ -83,7 +88,8 @@ def _parsed(url: str) -> urllib.parse.SplitResult:
         good = False
     if not good or "@" in parsed.netloc:
         shown = url if "@" not in url else f"…@{url.rpartition('@')[2]}"
-        msg = f"--url {shown}: right would be http://127.0.0.1:3000, without user and password"
+        right = _EXAMPLES[option]
+        msg = f"{option} {shown}: right would be {right}, without user and password"
         raise ConfigurationError(msg)
     return parsed
 

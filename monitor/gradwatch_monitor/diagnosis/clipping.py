@@ -37,7 +37,7 @@ def clipping_most_steps(window: Window) -> Sign | None:
 
 
 def _clipped(window: Window, finding: str, at_least: float) -> Sign | None:
-    recent = window.last(_RECENT)
+    recent = window.last(_RECENT).held
     if len(recent) < _AT_LEAST or not math.isfinite(recent.constant):
         return None
     share = float(recent.clipped.mean())
@@ -63,7 +63,7 @@ def _clipped(window: Window, finding: str, at_least: float) -> Sign | None:
 
 def threshold_never_reached(window: Window) -> Sign | None:
     """Nothing is clipped while the loss leaps."""
-    recent = window.last(_RECENT)
+    recent = window.last(_RECENT).held
     loss = recent.loss[np.isfinite(recent.loss)]
     if (
         not math.isfinite(recent.constant)
@@ -110,7 +110,7 @@ def value_taken_for_a_norm(window: Window) -> Sign | None:
 
 def clipping_keeps_it_alive(window: Window) -> Sign | None:
     """Norms far above the threshold again and again: without it the run would be gone."""
-    recent = window.last(1000)
+    recent = window.last(1000).held
     norms = recent.pre_norm
     known = norms[np.isfinite(norms)]
     # The steps of an adaptive optimizer are as long without clipping, which keeps nothing alive.

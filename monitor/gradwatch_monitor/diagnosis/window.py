@@ -13,6 +13,7 @@ __all__ = ["Array", "Flags", "LayerSamples", "Rule", "Sign", "Window"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
+_BY_ITSELF = 10  # thresholds within a window: a policy moves it, nobody applied so many
 Severity = Literal["critical", "warning", "info"]
 
 
@@ -74,6 +75,16 @@ class Window:
         """The threshold in force at the end; NaN where there is no single one."""
         known = self.threshold[np.isfinite(self.threshold)]
         return float(known[-1]) if len(known) else math.nan
+
+    @property
+    def held(self) -> Window:
+        """The steps since the threshold was last changed; all, where it moves by itself."""
+        known = np.isfinite(self.threshold)
+        others = np.flatnonzero(known & (self.threshold != self.constant))
+        values = len(np.unique(self.threshold[known]))
+        if not len(others) or values > _BY_ITSELF:
+            return self
+        return self.last(len(self) - int(others[-1]) - 1)
 
     def span(self, where: Flags | None = None) -> tuple[int, int]:
         """The first and the last step, of those where it is so."""
