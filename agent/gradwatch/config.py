@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -19,7 +19,17 @@ from sqlalchemy.exc import ArgumentError
 from gradwatch.errors import ConfigurationError
 from gradwatch.secrets import quoted, redact
 
-__all__ = ["DEFAULT_STORE", "Settings", "redact", "resolve_store", "sqlite_path"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "DEFAULT_STORE",
+    "Settings",
+    "redact",
+    "resolve_store",
+    "sqlite_path",
+    "unknown_variables",
+]
 
 DEFAULT_STORE = "sqlite:///gradwatch.db"
 
@@ -178,6 +188,12 @@ def _explain(error: ValidationError, given: dict[str, Any]) -> str:
         shown = "" if name == "store" else f" = {problem['input']!r}"
         lines.append(message if name == "store" == where else f"{where}{shown}: {message}")
     return "; ".join(lines)
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """Variables that look like settings and are none: a name that was mistyped does nothing."""
+    known = {f"GRADWATCH_{name.upper()}" for name in Settings.model_fields}
+    return sorted(name for name in environ if name.startswith("GRADWATCH_") and name not in known)
 
 
 def resolve_store(url: str) -> str:

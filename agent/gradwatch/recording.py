@@ -9,6 +9,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from gradwatch import arguments, channel, identity, process, rings
+from gradwatch.config import unknown_variables
 from gradwatch.control import control_of
 from gradwatch.peers import Peers
 from gradwatch.records import RunInfo
@@ -37,6 +38,11 @@ class Recording:
     def __init__(self, settings: Settings, sink: Sink | None, tags: Mapping[str, Any]) -> None:
         self.settings = settings
         self.pipeline: Pipeline = process.pipeline()
+        for name in unknown_variables(os.environ):
+            self.pipeline.troubles.report(
+                name,
+                f"{name} is no setting and does nothing; `gradwatch doctor` lists those there are",
+            )
         self.channel: Channel | None = None  # the attempt under way
         self._sink = sink
         self._tags = tags

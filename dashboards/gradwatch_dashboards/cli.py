@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 from rich.markup import escape
 
+from gradwatch._version import __version__
 from gradwatch.errors import ConfigurationError, GradwatchError
 from gradwatch_dashboards import (
     control_verbs,
@@ -15,7 +17,7 @@ from gradwatch_dashboards import (
     service_verbs,
     store_verbs,
 )
-from gradwatch_dashboards.terminal import NOT_FOUND, USAGE, err
+from gradwatch_dashboards.terminal import NOT_FOUND, USAGE, err, out
 
 __all__ = ["app", "main"]
 
@@ -27,6 +29,24 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    """Take the options that come before a verb."""
+
+
 for verb in (
     reading_verbs.runs,
     reading_verbs.show,

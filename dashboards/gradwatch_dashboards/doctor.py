@@ -11,7 +11,7 @@ from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from gradwatch.config import Settings, redact, sqlite_path
+from gradwatch.config import Settings, redact, sqlite_path, unknown_variables
 from gradwatch.errors import GradwatchError, StoreNotFoundError
 from gradwatch.filesystems import advice, network_kind
 from gradwatch.identity import host, is_alive
@@ -161,10 +161,9 @@ def _silent(url: str) -> str | None:
 
 
 def _variables(environ: Mapping[str, str]) -> Iterator[Check]:
-    known = {f"GRADWATCH_{name.upper()}" for name in Settings.model_fields}
-    for name in sorted(environ):
-        if name.startswith("GRADWATCH_") and name not in known:
-            yield Check("problem", name, f"no such setting; there are {', '.join(sorted(known))}")
+    known = ", ".join(sorted(f"GRADWATCH_{name.upper()}" for name in Settings.model_fields))
+    for name in unknown_variables(environ):
+        yield Check("problem", name, f"no such setting; there are {known}")
 
 
 def _installed(package: str) -> bool:

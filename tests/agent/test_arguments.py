@@ -126,3 +126,13 @@ def test_a_heartbeat_is_never_rarer_than_a_run_may_be_silent():
     assert longest <= LIVE_SECONDS / 2
     with pytest.raises(gradwatch.ConfigurationError, match=r"heartbeat_interval.*30"):
         Settings.load(heartbeat_interval=30.1)
+
+
+def test_a_setting_that_was_mistyped_is_said_once(monkeypatch, caplog):
+    """In the job itself: nobody asks `gradwatch doctor` there."""
+    monkeypatch.setenv("GRADWATCH_STOER", "sqlite:///secret.db")
+    for _ in range(2):
+        gradwatch.wrap(sgd(), store=MemorySink(), metrics_port=None)
+    (message,) = [message for message in caplog.messages if "STOER" in message]
+    assert "GRADWATCH_STOER is no setting and does nothing" in message
+    assert "secret" not in message

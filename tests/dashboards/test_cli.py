@@ -14,6 +14,7 @@ import pytest
 from stores import lognormal, write_run
 from typer.testing import CliRunner
 
+from gradwatch import __version__
 from gradwatch_dashboards import cli, store_verbs
 from gradwatch_monitor import Store, recommend, service
 
@@ -383,3 +384,8 @@ def test_a_trusted_network_is_bound(monkeypatch, run):
     assert status == 0
     assert bound[0].server_address[0] == "0.0.0.0"
     bound[0].server_close()
+
+
+def test_the_version(run):
+    """As the package has it."""
+    assert run("--version") == (0, f"{__version__}\n", "")
