@@ -226,9 +226,9 @@ def _areas(stretches: pd.DataFrame | None, x: alt.X) -> alt.Chart | None:
     """Where step after step had NaN or inf."""
     if stretches is None or stretches.empty:
         return None
-    name = "NaN or inf"
-    areas = stretches.tail(_MARKS_AT_MOST).assign(event=f"{name}, step after step")
-    scale = alt.Scale(domain=areas["event"].unique().tolist(), range=[_EVENT_COLOURS[name]])
+    name = "stretch of NaN"
+    areas = stretches.tail(_MARKS_AT_MOST).assign(event=name)
+    scale = alt.Scale(domain=[name], range=[_EVENT_COLOURS["NaN or inf"]])
     chart: alt.Chart = (
         alt.Chart(areas)
         .mark_rect(opacity=0.18, clip=True)
