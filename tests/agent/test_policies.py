@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -50,6 +51,14 @@ def test_target_ratio_refuses_what_is_no_band(arguments):
     """The error names the argument."""
     with pytest.raises(gradwatch.ConfigurationError, match=next(iter(arguments))):
         TargetRatio(**arguments)
+
+
+@pytest.mark.parametrize("value", ["1", "inf", True, None, -1, 0, math.nan, math.inf])
+def test_clip_norm_refuses_what_is_no_number_above_0(value):
+    """Text that would be one, too; the error names argument and value."""
+    words = f"ClipNorm\\(max_norm={re.escape(repr(value))}\\): max_norm must be a finite number"
+    with pytest.raises(gradwatch.ConfigurationError, match=words):
+        gradwatch.ClipNorm(value)
 
 
 def follow(policy, norms):

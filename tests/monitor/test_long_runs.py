@@ -1,5 +1,6 @@
 """Runs longer than what is read step by step: what their summaries say equals the steps themselves."""
 
+import dataclasses
 import itertools
 import sqlite3
 
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stores import NOW, Job, records, write
 
-from gradwatch import schema, summaries
+from gradwatch import ClipNorm, TargetRatio, schema, summaries
 from gradwatch.recorder import FLAGS
 from gradwatch.recovery import recover
 from gradwatch_monitor import Store, copying, integrity, recommend, retention, views
@@ -408,7 +409,7 @@ def test_what_came_of_a_change_is_told_of_all_the_steps(new_store):
     steps["flags"] = np.where(steps["pre_norm"] > steps["threshold"], FLAGS.CLIPPED, 0)
     write(url, steps)
     made = [
-        Applied(i, at, NOW, "ada", None, 1.0, new, None, {}, "")
+        Applied(i, at, NOW, "ada", None, 1.0, new, None, ClipNorm(new).describe(), "")
         for i, (at, new) in enumerate([(1234, 1.5), (10_000, 1.5), (45_678, 3.0)])
     ]
     with Store(url) as store:
@@ -422,6 +423,9 @@ def test_what_came_of_a_change_is_told_of_all_the_steps(new_store):
     for ours, theirs in zip(told, exact, strict=True):
         assert (ours.steps, ours.ratio) == (theirs.steps, pytest.approx(theirs.ratio))
         assert ours.would == pytest.approx(theirs.would, abs=0.01)
+    moving = dataclasses.replace(made[0], after=TargetRatio().describe())
+    (followed,) = outcomes([moving], steps["step"], steps["pre_norm"], steps["flags"] > 0)
+    assert followed.would is None  # its first threshold says nothing of what it clips
 
 
 def test_a_loss_whose_beginning_was_pruned_measures_no_progress(new_store):

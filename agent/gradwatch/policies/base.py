@@ -119,7 +119,9 @@ def positive(policy: Policy[Any], name: str, *, finite: bool = True) -> None:
     """
     value = getattr(policy, name)
     try:
-        number = math.nan if isinstance(value, bool | str) else float(value)
+        # JSON's word for inf apart, text is no number.
+        wrong = isinstance(value, bool) or (isinstance(value, str) and value != "inf")
+        number = math.nan if wrong else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not number > 0 or (finite and math.isinf(number)):
