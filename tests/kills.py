@@ -1,5 +1,6 @@
 """Jobs that step as fast as they can until they are killed."""
 
+import dataclasses
 import os
 import signal
 import sqlite3
@@ -7,6 +8,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import torch
+
+import gradwatch
+from gradwatch.testing import run_info
 
 # What a job's script begins with: an optimizer, and how to step and to die.
 PREAMBLE = """
@@ -108,3 +114,39 @@ def query(sql, path="gradwatch.db"):
     """Rows of a store, by a connection that only reads."""
     with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as connection:
         return connection.execute(sql).fetchall()
+
+
+def rings():
+    """What killed jobs have left beside the store."""
+    return sorted(Path("gradwatch.db.rings").glob("*.ring"))
+
+
+def killed(script, **environ):
+    """A job that ends by SIGKILL; with a worker that comes too late to store its last steps."""
+    result = subprocess.run(
+        [sys.executable, "-c", f"{PREAMBLE}\n{script}\ndie()"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environ},
+        check=False,
+        timeout=120,
+    )
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    return result
+
+
+def watched(steps, **settings):
+    """A job of this process: (agent, optimizer)."""
+    weight = torch.nn.Parameter(torch.ones(10))
+    optimizer = torch.optim.SGD([weight], lr=0.0)
+    agent = gradwatch.Agent(optimizer, run="next", settings=gradwatch.Settings(**settings))
+    for i in range(steps):
+        weight.grad = torch.full((10,), float(i + 1))
+        optimizer.step()
+    return agent, optimizer
+
+
+def about_nobody(store):
+    """What the ring of a process that is gone says of itself."""
+    run = run_info(pid=2**22 + 1)  # above the highest that Linux gives
+    return {**dataclasses.asdict(run), "store": store, "parameters": []}

@@ -1,14 +1,11 @@
 """Killed jobs: what they left is stored exactly once, by whoever comes next, and they are marked."""
 
 import contextlib
-import dataclasses
 import errno
 import json
 import math
-import os
 import random
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -17,24 +14,19 @@ from pathlib import Path
 
 import kills
 import pytest
-import ranks
 import torch
-from kills import PREAMBLE, query
+from jobs import wait_until
+from kills import PREAMBLE, about_nobody, killed, query, rings, watched
 from typer.testing import CliRunner
 
-import gradwatch
 from gradwatch import Agent
 from gradwatch.config import resolve_store
 from gradwatch.recorder import Ring
-from gradwatch.recovery import left_behind, recover
-from gradwatch.sinks import NotYetError, NullSink
+from gradwatch.recovery import recover
+from gradwatch.sinks import NotYetError
 from gradwatch.sinks.database import DatabaseSink
 from gradwatch.testing import run_info
 from gradwatch_dashboards.cli import app
-
-
-def rings():
-    return sorted(Path("gradwatch.db.rings").glob("*.ring"))
 
 
 @pytest.fixture
@@ -70,41 +62,6 @@ def test_sigkill_at_a_hundred_moments_loses_and_doubles_nothing(factory):
     assert query(wrong) == [(0,)]
     gaps = "SELECT count(*) FROM (SELECT count(*) n, max(step) m FROM steps GROUP BY run_id) WHERE n != m + 1"
     assert query(gaps) == [(0,)]
-
-
-def killed(script, **environ):
-    """A job that ends by SIGKILL; with a worker that comes too late to store its last steps."""
-    result = subprocess.run(
-        [sys.executable, "-c", f"{PREAMBLE}\n{script}\ndie()"],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environ},
-        check=False,
-        timeout=120,
-    )
-    assert result.returncode == -signal.SIGKILL, result.stderr
-    return result
-
-
-def watched(steps, **settings):
-    """A job of this process: (agent, optimizer)."""
-    weight = torch.nn.Parameter(torch.ones(10))
-    optimizer = torch.optim.SGD([weight], lr=0.0)
-    agent = Agent(optimizer, run="next", settings=gradwatch.Settings(**settings))
-    for i in range(steps):
-        weight.grad = torch.full((10,), float(i + 1))
-        optimizer.step()
-    return agent, optimizer
-
-
-def wait_until(done, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-
-
-# -- who recovers ----------------------------------------------------------------------------------
 
 
 def test_recover_tells_what_it_stored():
@@ -368,106 +325,3 @@ def test_how_a_run_ended_is_known_though_the_store_was_down(ending, status):
 
 
 # -- killed and resumed ----------------------------------------------------------------------------
-
-
-def test_killed_and_resumed_three_times_shows_the_last_timeline():
-    """From older checkpoints, one resume dying before its predecessor's last step."""
-    lengths = [(0, 1000), (600, 50), (400, 900), (1200, 300)]
-    for start, count in lengths:
-        killed(
-            f"agent = begin(); agent.load_state_dict({{**agent.state_dict(), 'run_id': 'u', 'step': {start}}})\n"
-            f"steps({count})"
-        )
-    recover("sqlite:///gradwatch.db")
-    assert query("SELECT count(*) FROM runs") == [(1,)]
-    timeline = query(
-        "SELECT s.step, a.start_step FROM steps s JOIN attempts a "
-        "ON a.run_id = s.run_id AND a.attempt = s.attempt ORDER BY s.step"
-    )
-    expected = {}
-    for j, (start, count) in enumerate(lengths):
-        bound = min([s for s, _ in lengths[j + 1 :]], default=10**9)
-        expected.update({step: start for step in range(start, start + count) if step < bound})
-    assert timeline == sorted(expected.items())
-    assert query("SELECT count(*) FROM step_records") == [(sum(n for _, n in lengths),)]
-    assert query("SELECT status FROM runs") == [("crashed",)]
-
-
-def test_an_attempt_that_reaches_the_store_last_hides_nothing():
-    """The middle one of three ran while the store could not be reached."""
-    script = (
-        "agent = begin()\n"
-        "agent.load_state_dict({**agent.state_dict(), 'run_id': 'u', 'step': %d})\nsteps(%d)"
-    )
-    killed(script % (0, 100))
-    recover("sqlite:///gradwatch.db")
-    elsewhere = {"GRADWATCH_RING_DIR": str(Path("other").absolute())}
-    Path("hidden").mkdir()
-    for path in Path().glob("gradwatch.db*"):
-        path.rename(Path("hidden") / path.name)
-    Path("gradwatch.db").mkdir()
-    killed(script % (60, 30), **elsewhere)
-    Path("gradwatch.db").rmdir()
-    for path in Path("hidden").iterdir():
-        path.rename(path.name)
-    killed(script % (80, 100))
-    recover("sqlite:///gradwatch.db")
-    recover("sqlite:///gradwatch.db", [Path("other").absolute()])
-    assert query("SELECT attempt, position, start_step FROM attempts ORDER BY position") == [
-        (1, 1.0, 0), (3, 1.5, 60), (2, 2.0, 80),
-    ]  # fmt: skip
-    assert query("SELECT attempt, min(step), max(step) FROM steps GROUP BY attempt") == [
-        (1, 0, 59), (2, 80, 179), (3, 60, 79),
-    ]  # fmt: skip
-    assert query("SELECT status FROM runs") == [("crashed",)]
-
-
-def test_all_ranks_of_a_job_are_recovered_as_one_run(tmp_path):
-    """Steps are rank 0's; what another rank had to tell, its own loss, is there under its name."""
-    Path("gradwatch.db").mkdir()
-    with pytest.raises(torch.multiprocessing.ProcessExitedException, match="SIGKILL"):
-        ranks.run(ranks.killed, 2, tmp_path)
-    wait_until(lambda: len(rings()) == 2)
-    Path("gradwatch.db").rmdir()
-    found = recover("sqlite:///gradwatch.db")
-    assert sorted((one.rank, one.steps, one.problem) for one in found) == [
-        (0, 5, None), (1, 0, None),
-    ]  # fmt: skip
-    assert query("SELECT world_size, status FROM runs") == [(2, "crashed")]
-    assert query("SELECT count(*) FROM steps") == [(5,)]
-    assert query("SELECT rank, step FROM events WHERE kind = 'nonfinite_loss'") == [(1, 3)]
-
-
-SERVER = "postgresql+psycopg://me@h:5432/gw"
-
-
-@pytest.mark.parametrize(
-    ("url", "same"),
-    [
-        ("postgresql+psycopg://other:secret@H/gw", True),
-        ("postgresql://me@h/gw?sslmode=require", True),
-        ("postgresql+psycopg://me@/gw?host=h", True),
-        ("postgresql+psycopg://me@/gw?host=h&port=5432", True),
-        ("postgresql+psycopg://me@elsewhere:1/x?host=h&port=5432&dbname=gw", True),
-        ("postgresql+psycopg://me@h:5432/gw?host=other", False),
-        ("postgresql+psycopg://me@h:5432/gw?hostaddr=10.0.0.1", False),
-        ("postgresql+psycopg://me@h:5432/gw?port=5433", False),
-        ("postgresql+psycopg://me@h:5432/gw?dbname=other", False),
-        ("postgresql+psycopg://me@h:5433/gw", False),
-        ("postgresql+psycopg://me@/gw", False),
-        ("sqlite:////gw", False),
-    ],
-)
-def test_a_ring_goes_to_the_very_database_it_was_recorded_for(tmp_path, url, same):
-    """By host, port and name as the driver is told them; user, driver and options may differ."""
-    ring = Ring.create(tmp_path / "a.ring", about_nobody(SERVER), steps=64, events=64)
-    ring.append(0, time.time(), *[1.0] * 7, 0)
-    ring.close()
-    left = left_behind([tmp_path], url, NullSink(), lambda *_: None, lambda *_: None)
-    assert len(list(left)) == same
-
-
-def about_nobody(store):
-    """What the ring of a process that is gone says of itself."""
-    run = run_info(pid=2**22 + 1)  # above the highest that Linux gives
-    return {**dataclasses.asdict(run), "store": store, "parameters": []}

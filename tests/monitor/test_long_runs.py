@@ -1,7 +1,6 @@
 """Runs longer than what is read step by step: what their summaries say equals the steps themselves."""
 
 import dataclasses
-import itertools
 import sqlite3
 
 import kills
@@ -11,85 +10,13 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stores import NOW, Job, records, write
+from summed import check
 
-from gradwatch import ClipNorm, TargetRatio, schema, summaries
+from gradwatch import ClipNorm, TargetRatio
 from gradwatch.recorder import FLAGS
 from gradwatch.recovery import recover
-from gradwatch_monitor import Store, copying, integrity, recommend, retention, views
+from gradwatch_monitor import Store, integrity, recommend, views
 from gradwatch_monitor.history import COLUMNS, History
-
-DAY = 86_400
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def new_store(request, tmp_path):
-    """Makes URLs of new stores, of either kind."""
-    if request.param == "postgres":
-        return request.getfixturevalue("postgres_server").new_database
-    names = itertools.count()
-    return lambda: f"sqlite:///{tmp_path}/{next(names)}.db"
-
-
-def summed_up(url):
-    """All rows of `step_summaries`, by attempt and block."""
-    engine = sa.create_engine(url)
-    with engine.connect() as connection:
-        rows = connection.execute(sa.select(schema.step_summaries)).mappings().all()
-    engine.dispose()
-    return {(row["attempt"], row["block"]): dict(row) for row in rows}
-
-
-def counted(url):
-    """The same from the database's own aggregates over the steps; blocks that go on left out."""
-    block = "(step - step % 1000) / 1000"
-    flags = {name: f"sum(CASE WHEN {name} THEN 1 ELSE 0 END)"
-             for name in ("clipped", "nonfinite", "nonfinite_loss", "skipped")}  # fmt: skip
-    overflow = "skipped AND NOT nonfinite AND pre_norm IS NULL AND loss_scale IS NOT NULL"
-    told = {
-        "first_step": "min(step)", "last_step": "max(step)", "last_time": "max(time)",
-        "steps": "count(*)", "finite": "count(pre_norm)",
-        "zeros": "sum(CASE WHEN pre_norm = 0 THEN 1 ELSE 0 END)", **flags,
-        "amp_overflows": f"sum(CASE WHEN {overflow} THEN 1 ELSE 0 END)",
-        "pre_norm_min": "min(CASE WHEN pre_norm > 0 THEN pre_norm END)",
-        "post_norm_min": "min(CASE WHEN post_norm > 0 THEN post_norm END)",
-        "pre_norm_max": "max(pre_norm)", "post_norm_max": "max(post_norm)",
-        "threshold_min": "min(threshold)", "threshold_max": "max(threshold)",
-        "loss_min": "min(loss)", "loss_mean": "avg(loss)", "loss_max": "max(loss)",
-    }  # fmt: skip
-    engine = sa.create_engine(url)
-    with engine.connect() as connection:
-        query = (
-            f"SELECT attempt, {block}, {', '.join(told.values())} FROM step_records GROUP BY 1, 2"
-        )
-        found = connection.execute(sa.text(query)).fetchall()
-        ends = dict(
-            connection.exec_driver_sql(
-                "SELECT attempt, max(step) FROM step_records GROUP BY attempt"
-            ).fetchall()
-        )
-        norms = connection.exec_driver_sql(
-            "SELECT attempt, step, pre_norm FROM step_records WHERE pre_norm > 0 ORDER BY step"
-        ).fetchall()
-    engine.dispose()
-    rows = {}
-    for attempt, number, *values in found:
-        if (number + 1) * 1000 <= ends[attempt] + 1:
-            rows[attempt, number] = dict(zip(told, values, strict=True))
-            mine = [n for a, step, n in norms if a == attempt and step // 1000 == number]
-            rows[attempt, number]["norms"] = summaries.encode(np.array(mine))
-    return rows
-
-
-def check(url):
-    """Rows for exactly the blocks that are complete, saying what SQL says."""
-    made, asked = summed_up(url), counted(url)
-    assert made.keys() == asked.keys()
-    for key, expected in asked.items():
-        told = {name: made[key][name] for name in expected}
-        assert told.pop("norms") == expected.pop("norms")
-        assert told == pytest.approx(expected, rel=1e-9)
-    return made
-
 
 attempts = st.lists(
     st.tuples(
@@ -304,101 +231,6 @@ def test_a_live_timeline_goes_on(new_store):
     job.end()
 
 
-def test_a_prune_keeps_the_summaries(new_store):
-    """Steps that are too old go, what was told of them stays; with the run its summaries go."""
-    url = new_store()
-    steps = records(0, 30_000)
-    steps["time"] = NOW - np.where(steps["step"] < 12_000, 40 * DAY, 1 * DAY) + steps["step"] / 1e3
-    write(url, steps)
-    retention.prune(url, 30, now=NOW)
-    with Store(url) as store:
-        assert len(store.steps(1)) == 18_000
-        assert store.summary(1).steps == 30_000
-        assert History.of(store, 1).steps == 30_000
-    assert integrity.check(url) == []
-    retention.prune(url, 30, now=NOW + 100 * DAY)
-    assert summed_up(url) == {}
-
-
-def test_a_copy_has_them(new_store):
-    """Row for row, also those of a run that has gone on since, and of steps that were pruned."""
-    source, target = new_store(), new_store()
-    steps = records(0, 5500)
-    job = Job(source, "ring", 0)
-    job.write(steps[:2500])
-    copying.copy(source, target)
-    assert summed_up(target).keys() == {(1, 0), (1, 1)}
-    job.write(steps[2500:])
-    job.end()
-    copying.copy(source, target)
-    assert summed_up(target) == summed_up(source) == check(target)
-
-
-def test_check_finds_rows_that_are_wrong(new_store):
-    """One of fewer steps than there are, and one of a run that is not there."""
-    url = new_store()
-    write(url, records(0, 3000))
-    engine = sa.create_engine(url)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("UPDATE step_summaries SET steps = 990 WHERE block = 1")
-        connection.exec_driver_sql("UPDATE step_summaries SET run_id = 9 WHERE block = 2")
-    engine.dispose()
-    found = integrity.check(url)
-    assert [problem.kind for problem in found] == ["orphan", "summary"]
-    assert "steps 1000 to 1999" in found[1].detail
-
-
-def test_migrating_sums_up_what_is_stored(new_store):
-    """A store of the revision before has after it what the agent would have written."""
-    from gradwatch_monitor.migrations import migrate
-
-    url = new_store()
-    write(url, records(0, 4300), "ring-1")
-    write(url, records(3700, 1500), "ring-2")
-    before = summed_up(url)
-    assert len(before) == 6  # 0 to 3, and 3 and 4 of the second
-    engine = sa.create_engine(url)
-    with engine.begin() as connection:
-        connection.exec_driver_sql("DROP TABLE step_summaries")
-        connection.exec_driver_sql("UPDATE gradwatch_revision SET version_num = '0002'")
-    engine.dispose()
-    seen = []
-    assert migrate(url, progress=lambda *of: seen.append(of)) == ("0002", schema.REVISION)
-    assert seen == [(0, 2), (1, 2), (2, 2)]
-    assert summed_up(url) == before
-
-
-@pytest.mark.parametrize("length", [900, 2500])
-def test_a_prune_keeps_what_is_told_of_a_runs_last_block(new_store, length):
-    """It is not whole, so nobody had summed it up; nor one that a later attempt cuts."""
-    url = new_store()
-    first = records(0, length)
-    first["time"] = NOW - 50 * DAY + first["step"]
-    write(url, first)
-    again = records(length - 300, 1700, seed=1)
-    again["time"] = NOW - 40 * DAY + again["step"]
-    job = Job(url, "again", length - 300)
-    job.write(again)
-    job.end()
-    recent = records(length + 1400, 10, seed=2)  # a step that is left keeps the run
-    recent["time"] = NOW
-    job = Job(url, "recent", length + 1400)
-    job.write(recent)
-    job.end()
-    with Store(url) as store:
-        before, frame = store.summary(1), store.steps(1)
-    assert before.steps == len(frame) == length + 1410
-    retention.prune(url, 30, now=NOW + 1)
-    with Store(url) as store:
-        assert len(store.steps(1)) == 10
-        assert store.summary(1) == before
-        assert History.of(store, 1).steps == length + 1410
-    assert integrity.check(url) == []
-    retention.prune(url, 30, now=NOW + 1)
-    with Store(url) as store:
-        assert store.summary(1) == before
-
-
 def test_what_came_of_a_change_is_told_of_all_the_steps(new_store):
     """Of those that are blocks by now too: counts and shares are numpy's, what they would have been nearly."""
     from gradwatch_monitor.applying import Applied, outcomes
@@ -426,25 +258,3 @@ def test_what_came_of_a_change_is_told_of_all_the_steps(new_store):
     moving = dataclasses.replace(made[0], after=TargetRatio().describe())
     (followed,) = outcomes([moving], steps["step"], steps["pre_norm"], steps["flags"] > 0)
     assert followed.would is None  # its first threshold says nothing of what it clips
-
-
-def test_a_loss_whose_beginning_was_pruned_measures_no_progress(new_store):
-    """The first that is left is not the first that there was: nobody is said to have diverged."""
-    url = new_store()
-    steps = records(0, 60_000, odd=0.0)
-    steps["loss"] = 5 * np.exp(-steps["step"] / 3000) + 0.1
-    steps["loss"][200:260] = 12.0
-    steps["pre_norm"][200:1400:5] *= 12
-    steps["time"] = NOW - np.where(steps["step"] < 50_000, 40 * DAY, 1 * DAY) + steps["step"] / 1e3
-    write(url, steps)
-    with Store(url) as store:
-        before = recommend(store, 1)
-        assert History.of(store, 1).losses.first == pytest.approx(5.1)
-    retention.prune(url, 30, now=NOW)
-    with Store(url) as store:
-        assert History.of(store, 1).losses is None
-        assert recommend(store, 1).verdict == before.verdict
-    resumed = new_store()
-    write(resumed, steps[5000:25_000])
-    with Store(resumed) as store:
-        assert History.of(store, 1).losses is None

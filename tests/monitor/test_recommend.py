@@ -11,8 +11,9 @@ from stores import lognormal, write_run
 
 from gradwatch import ClipNorm, ConfigurationError, ObserveOnly, TargetRatio
 from gradwatch_monitor import Store, recommend
+from gradwatch_monitor.evidence import AT_LEAST
 from gradwatch_monitor.history import History
-from gradwatch_monitor.recommend import AT_LEAST, recommend_from
+from gradwatch_monitor.recommend import recommend_from
 
 
 def history(norms, threshold=1.0, **facts):
@@ -56,7 +57,7 @@ def test_change_outside_the_band():
         "clipped 38 % of steps at 1 after the first fifth of the run; "
     )
     share = f"{100 * result.predicted_clip_ratio:.0f} %"
-    assert f"{result.threshold:g} would have clipped {share}" in result.sentence
+    assert f"{result.threshold:g} would clip {share} of the next run" in result.sentence
     assert any("provisional" in reason for reason in result.reasons)
 
 
@@ -223,7 +224,7 @@ def test_a_run_that_only_observes(tmp_path):
     with Store("gradwatch.db") as store:
         result = recommend(store, 1)
     assert result.current_clip_ratio is None
-    assert result.sentence.startswith(f"{result.threshold:g} would have clipped")
+    assert result.sentence.startswith(f"{result.threshold:g} would clip")
 
 
 @pytest.mark.parametrize("seed", range(5))
