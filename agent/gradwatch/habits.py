@@ -60,6 +60,7 @@ class ClippedTwice:
     FROM = 10
     AT_LEAST = 3
     ROUNDING = 3e-6
+    EPSILON = 1.5e-6  # torch's 1e-6, and rounding
     STRIP = 2e-3
 
     def __init__(self) -> None:
@@ -83,10 +84,15 @@ class ClippedTwice:
         self._recent = seen[-self.WINDOW :]
         return None
 
+    @classmethod
+    def at_wall(cls, norms: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Which of these norms lie where the greatest does, if a loop clipped at it."""
+        return np.asarray(norms >= norms.max(initial=0.0) * (1 - cls.ROUNDING) - cls.EPSILON)
+
     def _look(self, window: np.ndarray[Any, Any]) -> Finding | None:
         norms = window["norm"]
         top = norms.max(initial=0.0)
-        wall = window[norms >= top * (1 - self.ROUNDING) - 1.5e-6]
+        wall = window[self.at_wall(norms)]
         strip = np.count_nonzero(norms >= top * (1 - self.STRIP)) - len(wall)
         moves = np.diff(wall["norm"])
         if (

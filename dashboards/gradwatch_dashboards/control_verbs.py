@@ -104,13 +104,15 @@ def _proposal(
     store: Store, run: Run, threshold: float | None, policy: str | None, *, undo: bool
 ) -> Proposal:
     """What is to be asked: that threshold, that policy, an undo, or what is recommended."""
+    from gradwatch.policies import parse  # noqa: PLC0415
     from gradwatch_monitor import recommend  # noqa: PLC0415
-    from gradwatch_monitor.applying import Proposal, recommended, undoing, written  # noqa: PLC0415
+    from gradwatch_monitor.applying import Proposal, recommended, undoing  # noqa: PLC0415
 
     if threshold is not None:
         return Proposal(threshold)
     if policy is not None:
-        return written(policy, store.summary(run.id).last_threshold)
+        # One that says nothing of its first threshold begins at what is in force.
+        return Proposal(policy=parse(policy, initial=store.summary(run.id).last_threshold))
     return undoing(store, run.id) if undo else recommended(recommend(store, run.id))
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 import shutil
-import socket
 import sqlite3
 import urllib.request
 from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
+from gradwatch.addresses import why_not_bound
 from gradwatch.config import Settings, redact, sqlite_path, unknown_variables
 from gradwatch.errors import GradwatchError, StoreNotFoundError
 from gradwatch.filesystems import advice, network_kind
@@ -118,13 +118,9 @@ def _port() -> Check:
     port = settings.metrics_port
     if not isinstance(port, int):
         return Check("note", "metrics", "no exporter (GRADWATCH_METRICS_PORT)")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((settings.metrics_addr, port))
-        except OSError as error:
-            detail = f"{settings.metrics_addr}:{port}: {error.strerror}; the next free one is taken"
-            return Check("note", "metrics", detail)
+    if (problem := why_not_bound(settings.metrics_addr, port)) is not None:
+        detail = f"{settings.metrics_addr}:{port}: {problem}; the next free one is taken"
+        return Check("note", "metrics", detail)
     return Check("ok", "metrics", f"{settings.metrics_addr}:{port} is free")
 
 

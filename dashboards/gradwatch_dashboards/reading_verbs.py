@@ -156,7 +156,7 @@ def recommend(
         return
     out.print(f"{escape(found.name)}: {result.verdict.replace('_', ' ')}")
     out.print(escape(result.sentence))
-    for reason in result.remarks:
+    for reason in result.other_reasons:
         out.print(f"  - {escape(reason)}")
     if result.policy is not None:
         out.print(f"\nclip=gradwatch.{escape(str(result.policy))}")

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +20,8 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from gradwatch.addresses import why_not_bound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,12 +69,8 @@ def _port(name: str, default: int) -> int:
     told = os.environ.get(f"{name}_PORT", str(default))
     if not told.isascii() or not told.isdigit() or not 0 < int(told) < 65536:
         sys.exit(f"{name}_PORT={told}: a port is a number from 1 to 65535")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", int(told)))
-        except OSError as error:
-            sys.exit(f"port {told} cannot be had ({error.strerror}): set {name}_PORT to another")
+    if (problem := why_not_bound("127.0.0.1", int(told))) is not None:
+        sys.exit(f"port {told} cannot be had ({problem}): set {name}_PORT to another")
     return int(told)
 
 

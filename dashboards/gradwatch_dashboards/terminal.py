@@ -85,7 +85,7 @@ def need(*modules: str, extra: str, verb: str) -> None:
 
 def permit(address: str, *, trusted: bool) -> None:
     """Refuse an address that others reach, unless who starts it says that they may."""
-    from gradwatch_dashboards.web.serve import is_loopback  # noqa: PLC0415
+    from gradwatch.addresses import is_loopback  # noqa: PLC0415
 
     if not trusted and not is_loopback(address):
         msg = (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gradwatch.errors import ConfigurationError, NotControllableError
-from gradwatch.policies import ClipNorm, PercentileClip, Policy, TargetRatio, build, parse
+from gradwatch.policies import ClipNorm, Policy, TargetRatio, build
 from gradwatch.summaries import Distribution, merge
 from gradwatch_monitor.timeline import Blocks
 
@@ -35,7 +35,6 @@ __all__ = [
     "wanted",
     "was_in_force",
     "why_not",
-    "written",
 ]
 
 AT_LEAST = 50  # steps since a change, before its clip ratio is told
@@ -128,7 +127,8 @@ class Outcome:
     """What came of a change: the clip ratio from its step to the next change's, or to now.
 
     `would` is the share that a constant would have clipped of the steps before it (None of a policy
-    that moves its threshold), `stated` what was promised where it was recommended. `ratio` is None before `AT_LEAST` steps.
+    that moves its threshold), `stated` what was promised where it was recommended. `ratio` is None
+    before `AT_LEAST` steps.
     """
 
     applied: Applied
@@ -217,21 +217,6 @@ def applied(store: Store, run_id: int) -> list[Applied]:
         )
         for event in reversed(events)
     ]
-
-
-def written(text: str, now: float | None) -> Proposal:
-    """The policy of that text; one that says nothing of its first threshold begins at `now`.
-
-    `now` is the threshold in force. Raises `ConfigurationError` as `parse` does.
-    """
-    policy = parse(text)
-    if (
-        now is not None
-        and "initial" not in text
-        and isinstance(policy, TargetRatio | PercentileClip)
-    ):
-        policy = dataclasses.replace(policy, initial=now)
-    return Proposal(policy=policy)
 
 
 def last_in_force(changes: Sequence[Applied]) -> Applied | None:

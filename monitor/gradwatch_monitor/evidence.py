@@ -111,9 +111,10 @@ class Evidence:
         recent = self.whole.norms[-500:]
         if not self.history.clipped_before or not len(recent):
             return None
-        top = float(recent.max())
-        there = recent >= top * (1 - ClippedTwice.ROUNDING) - 1.5e-6
-        return (top, float(there.mean())) if there.sum() >= ClippedTwice.AT_LEAST else None
+        there = ClippedTwice.at_wall(recent)
+        if there.sum() < ClippedTwice.AT_LEAST:
+            return None
+        return float(recent.max()), float(there.mean())
 
     def level_of_start(self) -> float:
         """The 80th percentile of the first norms."""

@@ -51,3 +51,19 @@ def test_what_is_none_is_told_and_not_run(text, words, tmp_path):
         parse(text)
     assert "\n" not in str(told.value)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "initial"),
+    [
+        ("PercentileClip(95)", 0.7),
+        ("PercentileClip(95, 2, 1000, 100, 5)", 5.0),
+        ("TargetRatio(initial=1)", 1.0),  # its default, but named
+        ("SkipSpikes(TargetRatio(cap=3))", 0.7),
+    ],
+)
+def test_a_first_threshold_that_is_not_named_may_be_given(text, initial):
+    """By position or by name, the text's own comes first; others have none."""
+    policy = parse(text, initial=0.7)
+    assert getattr(policy, "policy", policy).initial == initial
+    assert parse("ZClip()", initial=0.7) == parse("ZClip()")

@@ -54,10 +54,10 @@ def build(description: Mapping[str, Any]) -> Policy[Any]:
     return _make(name, arguments)
 
 
-def parse(text: str) -> Policy[Any]:
+def parse(text: str, *, initial: float | None = None) -> Policy[Any]:
     """The policy of that text, the inverse of `str(policy)`. Nothing in it is evaluated.
 
-    Raises `ConfigurationError` where it is none.
+    `initial` is the first threshold of a policy that has one and whose text names none. Raises `ConfigurationError` where it is none.
 
     >>> parse("TargetRatio(cap=3)") == TargetRatio(cap=3)
     True
@@ -65,7 +65,7 @@ def parse(text: str) -> Policy[Any]:
     try:
         if len(text) > _LONGEST:
             raise ValueError(text)  # noqa: TRY301 - one way to say what is none
-        return _policy(ast.parse(text.strip().removeprefix("clip="), mode="eval").body)
+        return _policy(ast.parse(text.strip().removeprefix("clip="), mode="eval").body, initial)
     except ConfigurationError:
         raise
     except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
@@ -73,7 +73,7 @@ def parse(text: str) -> Policy[Any]:
         raise ConfigurationError(msg) from None
 
 
-def _policy(node: ast.expr) -> Policy[Any]:
+def _policy(node: ast.expr, initial: float | None) -> Policy[Any]:
     if not isinstance(node, ast.Call):
         raise ValueError(node)  # noqa: TRY004 - the text is wrong, not a type
     name = ast.unparse(node.func).removeprefix("gradwatch.")
@@ -82,18 +82,20 @@ def _policy(node: ast.expr) -> Policy[Any]:
     if known and len(node.args) > len(names):
         msg = f"{name} takes {len(names)} arguments: {', '.join(names)}"
         raise ConfigurationError(msg)
-    arguments = {key: _value(one) for key, one in zip(names, node.args, strict=False)}
+    arguments = {key: _value(one, initial) for key, one in zip(names, node.args, strict=False)}
     for keyword in node.keywords:
         if keyword.arg is None or keyword.arg in arguments:
             raise ValueError(keyword)
-        arguments[keyword.arg] = _value(keyword.value)
+        arguments[keyword.arg] = _value(keyword.value, initial)
+    if initial is not None and "initial" in names:
+        arguments.setdefault("initial", initial)
     return _make(name, arguments)
 
 
-def _value(node: ast.expr) -> Any:
+def _value(node: ast.expr, initial: float | None) -> Any:
     """A number, a word or a policy."""
     if isinstance(node, ast.Call):
-        return _policy(node)
+        return _policy(node, initial)
     if isinstance(node, ast.Name) and node.id == "inf":
         return math.inf
     return ast.literal_eval(node)

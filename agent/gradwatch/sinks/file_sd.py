@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import json
 import math
 import os
@@ -12,6 +11,7 @@ import urllib.parse
 from typing import TYPE_CHECKING
 
 from gradwatch import identity
+from gradwatch.addresses import is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -35,7 +35,7 @@ class TargetFile:
 
     def __init__(self, folder: Path, url: str, troubles: Troubles) -> None:
         host, address = identity.host(), urllib.parse.urlsplit(url)
-        shown = host if _is_loopback(address.hostname or "") else str(address.hostname)
+        shown = host if is_loopback(address.hostname or "") else str(address.hostname)
         name = re.sub(r"[^\w.-]", "_", f"gradwatch-{shown}-{address.port}")
         self.path = folder.absolute() / f"{name}.json"
         self._target = address.netloc
@@ -107,12 +107,3 @@ class TargetFile:
                 named = json.loads(path.read_text())[0]["labels"][_RUNS].split(",")
                 if not runs.isdisjoint(named):
                     path.unlink()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
+from gradwatch.addresses import is_loopback
 from gradwatch.errors import GradwatchError
 from gradwatch_dashboards.terminal import number, user
-from gradwatch_dashboards.web.serve import is_loopback
 from gradwatch_dashboards.web.source import plain
 from gradwatch_monitor import applying, recommend
 from gradwatch_monitor.applying import Proposal

@@ -91,7 +91,7 @@ def advice(run: Run, recommendation: Recommendation, outcomes: Sequence[Outcome]
         verdict = "it is in force" if held else VERDICTS[recommendation.verdict]
         st.markdown(f"#### Recommendation: {verdict}")
         st.markdown(f"**{plain(recommendation.sentence)}**")
-        st.markdown("\n".join(f"- {plain(reason)}" for reason in recommendation.remarks))
+        st.markdown("\n".join(f"- {plain(reason)}" for reason in recommendation.other_reasons))
         if recommendation.policy is not None:
             st.code(f"clip=gradwatch.{recommendation.policy}", language="python")
         control.panel(store, run, recommendation, outcomes)

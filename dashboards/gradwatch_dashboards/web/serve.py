@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import signal
 import socket
@@ -13,12 +12,13 @@ import urllib.parse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gradwatch.addresses import why_not_bound
 from gradwatch.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["command", "is_loopback", "run"]
+__all__ = ["command", "run"]
 
 _APP = Path(__file__).parent / "app.py"
 _START_SECONDS = 60.0
@@ -38,14 +38,6 @@ def command(address: str, port: int) -> list[str]:
     return [sys.executable, "-m", "streamlit", "run", str(_APP), *flags]
 
 
-def is_loopback(address: str) -> bool:
-    """Whether this machine alone reaches what is bound to it."""
-    try:
-        return address == "localhost" or ipaddress.ip_address(address).is_loopback
-    except ValueError:
-        return False
-
-
 def run(
     store: str,
     *,
@@ -58,13 +50,9 @@ def run(
 
     Raises `ConfigurationError` where the port is taken.
     """
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError as error:
-            msg = f"the dashboard cannot bind {address}:{port} ({error.strerror}): try --port"
-            raise ConfigurationError(msg) from None
+    if (problem := why_not_bound(address, port)) is not None:
+        msg = f"the dashboard cannot bind {address}:{port} ({problem}): try --port"
+        raise ConfigurationError(msg)
     host = f"[{address}]" if ":" in address else address
     page = f"http://{host}:{port}/"
     if run is not None:
