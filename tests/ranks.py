@@ -1,5 +1,6 @@
 """Jobs that run on several gloo ranks, and a way to run them."""
 
+import atexit
 import json
 import math
 import os
@@ -39,6 +40,12 @@ def _start(rank, job, world, port, folder, arguments):
     Path(f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
+    # gloo's threads may still hold tensors, and an interpreter that is being finalised beneath them
+    # takes the heap along once in some hundred runs: https://github.com/pytorch/pytorch/issues/190489
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def flat(parameters):

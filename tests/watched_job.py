@@ -116,11 +116,12 @@ class Watched:
 
     def values(self, expression, *labels, at=None):
         """Labels → value; of a single series without labels, () → value."""
+        series = self.query(expression, at)
         found = {
             tuple(one["metric"].get(label, "") for label in labels): float(one["value"][1])
-            for one in self.query(expression, at)
+            for one in series
         }
-        assert len(found) == len(self.query(expression, at)), expression
+        assert len(found) == len(series), expression
         return found
 
     def scrapes(self, run, seconds=10):
