@@ -59,7 +59,8 @@ def push(
         typer.Option(
             "--ui-url",
             metavar="URL",
-            help="Where people reach `gradwatch ui`, for links [default: http://127.0.0.1:8501].",
+            help="Where people reach `gradwatch ui`, for links [default: as it is there; "
+            "for a new dashboard http://127.0.0.1:8501].",
         ),
     ] = None,
     dry_run: Annotated[

@@ -89,6 +89,7 @@ def test_what_differs_is_changed_and_what_somebody_set_stays(run):
         (variable,) = [v for v in grafana.dashboards["gradwatch-run"][0]["templating"]["list"]
                        if v["name"] == "ui"]  # fmt: skip
         assert variable["query"] == "https://gradwatch.example.org"
+        assert "changed" not in run("grafana", "push", "--url", url)[1]
 
 
 @pytest.mark.usefixtures("token")

@@ -7,6 +7,7 @@ nothing. What a person has set on the data source (authentication, another addre
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import re
 import urllib.parse
@@ -113,7 +114,8 @@ def push(
         api: from `connect`.
         prometheus: where Grafana reaches Prometheus; default: as it is there, or
             `http://127.0.0.1:9090` for a new data source.
-        ui: where people reach `gradwatch ui`, for the links to it; default: this machine's.
+        ui: where people reach `gradwatch ui`, for the links to it; default: as it is there, or
+            this machine's for a new dashboard.
         dry_run: look, and write nothing.
 
     Raises `GrafanaError` where the server refuses one; what was told before stands.
@@ -123,10 +125,7 @@ def push(
     yield Pushed("folder", FOLDER, server.folder())
     for path in sorted(_HERE.glob("*.json")):
         dashboard = json.loads(path.read_text())
-        if ui is not None:
-            (variable,) = (v for v in dashboard["templating"]["list"] if v["name"] == "ui")
-            variable["query"] = ui.rstrip("/")
-        yield Pushed("dashboard", dashboard["title"], server.dashboard(dashboard))
+        yield Pushed("dashboard", dashboard["title"], server.dashboard(dashboard, ui))
 
 
 class _Server:
@@ -168,10 +167,15 @@ class _Server:
         self._write("make the folder", api.create_folder, "gradwatch", FOLDER)
         return "created"
 
-    def dashboard(self, dashboard: dict[str, Any]) -> State:
+    def dashboard(self, dashboard: dict[str, Any], ui: str | None) -> State:
         """One dashboard, in the folder."""
         api = self._api.dashboard
         there = self._look("dashboard", api.get_dashboard, dashboard["uid"])
+        was = None if there is None else _ui(there["dashboard"])
+        told = was["query"] if ui is None and was else ui
+        if told is not None:
+            dashboard = copy.deepcopy(dashboard)
+            _ui(dashboard)["query"] = told.rstrip("/")
         if there is not None:
             own = {k: v for k, v in there["dashboard"].items() if k not in {"id", "version"}}
             if own == dashboard and there["meta"].get("folderUid") == FOLDER:
@@ -188,6 +192,12 @@ class _Server:
     def _write(self, what: str, call: Callable[..., Any], *arguments: Any) -> None:
         if not self._dry_run:
             _asking(str(self._api.url), f"refuses to {what}", call, *arguments)
+
+
+def _ui(dashboard: dict[str, Any]) -> Any:
+    """Its variable that holds where `gradwatch ui` is; None where it has none."""
+    variables = dashboard.get("templating", {}).get("list", ())
+    return next((v for v in variables if v.get("name") == "ui" and "query" in v), None)
 
 
 def _asking(
