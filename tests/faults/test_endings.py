@@ -4,7 +4,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,12 @@ import pytest
 from gradwatch.recovery import recover
 
 # Steps as fast as it can; every step() that returned is noted in memory that outlives the job.
+# Whether gradwatch holds the exit up is told by what runs last of all at exit: the interpreter's own
+# end with torch in it takes seconds where the machine is busy.
 JOB = """
-import mmap, os, signal, sys, threading, time, torch, gradwatch
+import atexit, mmap, os, signal, sys, threading, time
+atexit.register(lambda: print(time.time(), flush=True))
+import torch, gradwatch
 signal.signal(signal.SIGINT, signal.default_int_handler)  # the shell may have it ignored
 torch.set_num_threads(1)
 with open("returned", "wb") as file:
@@ -41,13 +44,13 @@ TERM = "steps(2000); os.kill(os.getpid(), signal.SIGTERM); steps(10**9)"
 
 
 def run(script):
-    """The ended job, and the seconds between its last word and its end."""
+    """The ended job, and the seconds from its last word until nothing is left to do at exit."""
     job = subprocess.run(
         [sys.executable, "-c", JOB + script],
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
-    ended = time.time()
-    return job, ended - float(job.stdout) if job.stdout else 0.0
+    told = [float(word) for word in job.stdout.split()]
+    return job, told[-1] - told[0] if told else 0.0
 
 
 def query(sql):
@@ -89,7 +92,7 @@ def test_an_ending_is_the_jobs_own_and_loses_nothing(script, code, status):
     """Exit status, what is told of the run, and the time that the exit takes."""
     job, seconds = run(script)
     assert job.returncode == code, job.stderr
-    assert seconds < 4.0  # two for us at most, the rest for the interpreter and a busy machine
+    assert seconds < 4.0  # two at most, and as much for a busy machine
     check_all_there()
     assert query("SELECT status FROM runs") == [(status,)]
 
