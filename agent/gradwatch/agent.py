@@ -62,7 +62,7 @@ def wrap(
     The loop stays as it was, except that its own `clip_grad_norm_` goes.
 
     Args:
-        optimizer: any `torch.optim.Optimizer`.
+        optimizer: any `torch.optim.Optimizer`, or what accelerate or Lightning put before one.
         clip: a policy over all parameters (one global norm), or one for each parameter group.
         model: names the parameters in alerts, in the order of the layers.
         run: the run's name; default: the script's. A name that a live run has gets `-2`.
@@ -131,6 +131,7 @@ class Agent:
         settings: Settings | None = None,
     ) -> None:
         """Instrument the optimizer; see `wrap`."""
+        optimizer = arguments.stepping(optimizer)
         parts = arguments.parts(optimizer, clip)
         arguments.model_and_scaler(model, scaler)
         arguments.sparse(optimizer, model, parts)
@@ -182,7 +183,7 @@ class Agent:
     @classmethod
     def of(cls, optimizer: Optimizer) -> Agent:
         """The agent of a wrapped optimizer. Raises `NotWrappedError` where there is none."""
-        agent = _agents.get(optimizer)
+        agent = _agents.get(arguments.behind(optimizer))
         if agent is None:
             msg = f"this {type(optimizer).__name__} is not wrapped: call gradwatch.wrap first"
             raise NotWrappedError(msg)

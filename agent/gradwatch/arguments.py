@@ -25,6 +25,7 @@ __all__ = [
     "CLOSE_SECONDS",
     "NOT_GIVEN",
     "NotGiven",
+    "behind",
     "describe",
     "loaded",
     "model_and_scaler",
@@ -32,6 +33,7 @@ __all__ = [
     "parts",
     "settings_of",
     "sparse",
+    "stepping",
     "tags",
 ]
 
@@ -49,11 +51,37 @@ class NotGiven:
 NOT_GIVEN: Final = NotGiven()
 
 
-def parts(optimizer: Any, clip: Any) -> list[Part]:
-    """The optimizer's parts: one policy over all groups, or one for each."""
+def behind(optimizer: Any) -> Any:
+    """The optimizer that takes the steps, where this one only stands before it.
+
+    accelerate's `prepare` and Lightning's `optimizers()` return such a front: it is an Optimizer by
+    its class, shares the parameter groups of the one inside, and calls that one's `step`.
+    """
+    inner = getattr(optimizer, "optimizer", None)
+    while isinstance(inner, Optimizer) and inner.param_groups is optimizer.param_groups:
+        if inner is optimizer:
+            break
+        optimizer, inner = inner, getattr(inner, "optimizer", None)
+    return optimizer
+
+
+def stepping(optimizer: Any) -> Optimizer:
+    """The optimizer whose steps are to be watched: the one given, or the one behind it."""
     if not isinstance(optimizer, Optimizer):
         msg = f"wrap takes a torch.optim.Optimizer, not {type(optimizer).__name__}"
         raise ConfigurationError(msg)
+    found: Optimizer = behind(optimizer)
+    if not hasattr(found, "_optimizer_step_pre_hooks"):
+        msg = (
+            f"{type(found).__name__} is a torch.optim.Optimizer by its class alone (it never called "
+            "Optimizer.__init__): wrap the optimizer that it calls"
+        )
+        raise ConfigurationError(msg)
+    return found
+
+
+def parts(optimizer: Optimizer, clip: Any) -> list[Part]:
+    """The optimizer's parts: one policy over all groups, or one for each."""
     if isinstance(clip, Policy):
         return [Part(clip)]
     policies = list(clip) if isinstance(clip, Sequence) else [clip]
