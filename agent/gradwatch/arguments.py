@@ -57,12 +57,15 @@ def behind(optimizer: Any) -> Any:
     accelerate's `prepare` and Lightning's `optimizers()` return such a front: it is an Optimizer by
     its class, shares the parameter groups of the one inside, and calls that one's `step`.
     """
-    inner = getattr(optimizer, "optimizer", None)
-    while isinstance(inner, Optimizer) and inner.param_groups is optimizer.param_groups:
-        if inner is optimizer:
-            break
-        optimizer, inner = inner, getattr(inner, "optimizer", None)
-    return optimizer
+    while True:
+        inner = getattr(optimizer, "optimizer", None)
+        if (
+            inner is optimizer
+            or not isinstance(inner, Optimizer)
+            or inner.param_groups is not optimizer.param_groups
+        ):
+            return optimizer
+        optimizer = inner
 
 
 def stepping(optimizer: Any) -> Optimizer:
