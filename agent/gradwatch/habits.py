@@ -114,7 +114,8 @@ class ClippedTwice:
             f"the loop clips by itself before step(): when it was seen, {len(wall)} of "
             f"{len(window)} gradient norms were exactly {limit:g} and none greater. The true norms "
             "are not seen.",
-            f"Take the loop's own clip_grad_norm_(…, {limit:g}) out and let gradwatch clip: "
+            f"Take the loop's own clip_grad_norm_(…, {limit:g}) out (in Lightning gradient_clip_val, "
+            "in transformers' Trainer max_grad_norm) and let gradwatch clip: "
             f"gradwatch.wrap(optimizer, clip=gradwatch.ClipNorm({limit:g})). Where the loop uses "
             "the norm, agent.clip() returns it.",
             {

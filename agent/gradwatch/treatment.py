@@ -18,6 +18,7 @@ from gradwatch.part import Part
 from gradwatch.recorder import FLAGS
 from gradwatch.records import Scale, Skip
 from gradwatch.scaling import CLIP_EPSILON, DIVISOR_LIMIT
+from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,7 @@ __all__ = ["OnNonFinite", "OpenStep", "Treatment"]
 
 OnNonFinite = Literal["skip", "raise", "ignore"]
 _nan = math.nan
+_NO_END = 50  # steps in a row with a gradient that is not finite
 
 
 class OpenStep:
@@ -75,6 +77,9 @@ class Treatment:
         self._only = parts[0] if len(parts) == 1 else None
         self.by_group = parts[0].group is not None
         self.afterwards = Afterwards()
+        self._bad_from = (
+            self._bad_until
+        ) = -2  # the last steps in a row whose gradient was not finite
         self.look_at_policies()
 
     def look_at_policies(self) -> None:
@@ -247,7 +252,23 @@ class Treatment:
             step.error = NonFiniteGradientError(
                 f"step {step.number}: {event.message}", step=step.number, parameters=faults
             )
+        elif self.notices.rank == 0:
+            self._warn(step.number, event.message)
         return event
+
+    def _warn(self, number: int, message: str) -> None:
+        """In the job's own log: the first such step, and when there is no end to them."""
+        if self._bad_until < 0:
+            logger.warning("gradwatch: step %d: %s; further ones are on record", number, message)
+        if number != self._bad_until + 1:
+            self._bad_from = number
+        self._bad_until = number
+        if number - self._bad_from + 1 == _NO_END:
+            outcome = "all skipped, nothing is learnt" if self.on_nonfinite == "skip" else "applied"
+            logger.warning(
+                "gradwatch: %d steps in a row with NaN or inf in the gradient, %s: steps %d to %d",
+                _NO_END, outcome, self._bad_from, number,
+            )  # fmt: skip
 
     def skip(self, step: OpenStep) -> None:
         """Hide what was measured, so that the step is not applied."""

@@ -23,12 +23,13 @@ _Named = TypeVar("_Named", Finding, Sign)
 WINDOW = 2000  # steps that the rules look at
 START = 200  # and of the run's beginning
 OPENS, STAYS = 1.0, 0.7  # a finding's strength: so it does not come and go with every step
-# The second says all that the first does: most steps, a wall of norms under a loss scale. And
-# nothing keeps a run alive that is lost.
+# The others say all that the first does: most steps, a wall of norms under a loss scale. Where the
+# loop clips before, what the agent clips means nothing. And nothing keeps a run alive that is lost.
 _SAID_BY = {
-    "clipping_most_steps": "clipping_every_step",
-    "clipped_twice": "not_unscaled",
-    "clipping_keeps_it_alive": "no_convergence",
+    "clipping_most_steps": {"clipping_every_step", "clipped_twice", "not_unscaled"},
+    "clipping_every_step": {"clipped_twice", "not_unscaled"},
+    "clipped_twice": {"not_unscaled"},
+    "clipping_keeps_it_alive": {"no_convergence"},
 }
 OF_THE_AGENT = frozenset(
     {"clip_after_step", "clipped_twice"}
@@ -79,7 +80,7 @@ def signs(window: Window, open_: Collection[str] = ()) -> list[Sign]:
 
 def _without_repetition(found: Sequence[_Named]) -> list[_Named]:
     names = {one.finding for one in found}
-    return [one for one in found if _SAID_BY.get(one.finding) not in names]
+    return [one for one in found if not names & _SAID_BY.get(one.finding, set())]
 
 
 def window_of(store: Store, run_id: int) -> Window | None:

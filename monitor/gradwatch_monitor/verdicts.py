@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from gradwatch.policies import ClipNorm, Policy, TargetRatio
@@ -80,7 +81,8 @@ def _after_divergence(seen: Evidence, divergence: str) -> tuple[Policy[Any] | No
     advice = "lower the learning rate (by ten, to begin with), or look at the initialisation"
     if not seen.steps_follow_the_gradient:
         return _kept(seen), [divergence, f"{advice}; no threshold mends that"]
-    tight = ClipNorm(float(f"{0.1 * seen.late.quantile(0.5):.2g}"), seen.history.norm_type)
+    usual = min(seen.late.quantile(0.5), seen.held or math.inf)  # as it was applied
+    tight = ClipNorm(float(f"{0.1 * usual:.2g}"), seen.history.norm_type)
     return tight, [
         divergence,
         (f"{advice}. In a further run {tight} does the same by {seen.history.optimizer}: every step "

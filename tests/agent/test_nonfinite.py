@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from loops import mlp, set_gradients, state_of, states_equal, train
+from loops import mlp, one_parameter, set_gradients, state_of, states_equal, train
 from torch import nn
 
 import gradwatch
@@ -249,3 +249,27 @@ def test_a_tiny_gradient_is_not_dead():
     assert agent.flush()
     assert sink.steps[0].pre_norm == pytest.approx(1e-30)
     assert not sink.events
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "ignore", "raise"])
+def test_the_jobs_own_log_tells_of_the_first_and_of_no_end(caplog, on_nonfinite):
+    """Who looks at the log alone learns that training stands still; once, not at each step."""
+    weight, optimizer = one_parameter()
+    agent = gradwatch.Agent(
+        optimizer, store=MemorySink(), metrics_port=None, on_nonfinite=on_nonfinite
+    )
+    for step in range(130):
+        weight.grad = torch.full((4,), math.nan if step == 3 or step >= 10 else 1.0)
+        try:
+            optimizer.step()
+        except gradwatch.NonFiniteGradientError:
+            assert on_nonfinite == "raise"
+    agent.close()
+    if on_nonfinite == "raise":
+        assert not caplog.messages
+        return
+    first, no_end = caplog.messages
+    assert first.startswith("gradwatch: step 3: NaN in the gradient of all 1 parameters")
+    assert "50 steps in a row" in no_end
+    assert no_end.endswith("steps 10 to 59")
+    assert ("nothing is learnt" in no_end) == (on_nonfinite == "skip")

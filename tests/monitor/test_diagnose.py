@@ -307,6 +307,9 @@ def test_a_loss_that_is_nan_ever_since_is_told_with_the_step(start):
     if start:
         assert sign.message == "the loss was NaN or inf in every step since step 700"
         assert sign.advice.endswith("Go on from a checkpoint before step 700.")
+        skipped = dataclasses.replace(now, skipped=bad)
+        (sign,) = [sign for sign in signs(skipped) if sign.finding == "nonfinite_loss"]
+        assert sign.advice.endswith("the weights are still those from before them.")
     else:
         assert sign.message == "the loss was NaN or inf in all of the last 1,000 steps"
 
@@ -322,6 +325,25 @@ def test_steps_before_a_change_are_not_counted_as_clipped_at_what_is_in_force_no
     # A policy that moves its threshold is asked about all of its steps.
     moving = {"threshold": np.linspace(0.1, 0.2, 700), "clipped": np.ones(700, bool)}
     assert "clipping_every_step" in told(falling(700), np.full(700, 1.0), **moving)
+    # It was taken back for a constant: nobody says of its steps what the constant did.
+    moving["threshold"][-60:], moving["clipped"][-60:] = 5.0, False
+    assert told(falling(700), np.full(700, 1.0), **moving) == set()
+
+
+def test_where_the_loop_clips_before_nothing_is_said_of_what_the_agent_clips():
+    """Norms end at the loop's 0.5; that all are above 0.1 then is no news, nor to be mended first."""
+    weight = nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.SGD([weight], lr=0.01)
+    agent = gradwatch.Agent(optimizer, clip=gradwatch.ClipNorm(0.1), run="twice", metrics_port=None)
+    rows = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
+    for row in rows:
+        optimizer.zero_grad()
+        (weight * row).sum().backward()
+        nn.utils.clip_grad_norm_([weight], 0.5)
+        optimizer.step()
+    agent.close()
+    with Store() as store:
+        assert [f.finding for f in diagnose(store, 1)] == ["clipped_twice"]
 
 
 def test_what_was_found_does_not_flicker_and_ends_with_its_cause():

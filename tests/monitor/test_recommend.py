@@ -349,6 +349,8 @@ def test_after_a_divergence_a_tight_constant_is_a_lower_learning_rate_by_sgd_alo
     assert by_sgd.verdict == "fix_training"
     assert by_sgd.policy == ClipNorm(0.03)
     assert any("a tenth of what it usually was" in reason for reason in by_sgd.reasons)
+    held_back = recommend_from(history(10 * norms, loss=loss, optimizer="SGD"))  # at 1.0
+    assert held_back.policy == ClipNorm(0.1)
     by_adam = recommend_from(history(norms, loss=loss, optimizer="Adam"))
     assert by_adam.policy == ClipNorm(1.0)
     assert any("no threshold mends that" in reason for reason in by_adam.reasons)

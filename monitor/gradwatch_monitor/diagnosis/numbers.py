@@ -31,7 +31,12 @@ def nonfinite_loss(window: Window) -> Sign | None:
             if ever_since
             else f"in all of the last {more:,} steps"
         )
-        anew = f" Go on from a checkpoint before step {first:,}." if ever_since and first else ""
+        if window.skipped[ever_since:].all():
+            anew = " These steps were skipped: the weights are still those from before them."
+        else:
+            anew = (
+                f" Go on from a checkpoint before step {first:,}." if ever_since and first else ""
+            )
     return Sign(
         "nonfinite_loss", "critical", float(count), (first, last),
         f"the loss was NaN or inf {said}",
@@ -63,8 +68,9 @@ def nonfinite_gradient(window: Window) -> Sign | None:
         recent.span(where),
         f"{count} of the last {len(recent)} steps had NaN or inf in a gradient; "
         + (f"{applied} of them were applied" if applied else "they were left out"),
-        "The events name the parameter where it entered: look at that layer's backward pass "
-        "(sqrt, norm and division at 0, log of 0), and at autocast ranges.",
+        "The events say where it entered. At a parameter: look at that layer's backward pass (sqrt, "
+        "norm and division at 0, log of 0) and at autocast ranges. In all of them: at the batch, the "
+        "forward pass and the loss.",
         "PyTorch, Autograd mechanics; design of on_nonfinite",
         {"steps": count, "applied": applied},
     )  # fmt: skip

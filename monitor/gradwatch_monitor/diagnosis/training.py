@@ -100,7 +100,8 @@ def oscillating_loss(window: Window) -> Sign | None:
 def no_convergence(window: Window) -> Sign | None:
     """The loss blew up at the start and ended no lower than it began."""
     loss, first = _usable(window.loss), _usable(window.first_losses)
-    norms = window.first_norms[np.isfinite(window.first_norms)]
+    norms = window.first_norms[: int(window.step[-1] + 1) // 5]  # as `recommend` looks at it
+    norms = norms[np.isfinite(norms)]
     if len(loss) < 100 or len(first) < 20 or len(norms) < 20:
         return None
     begun, now = float(first[0]), float(np.median(loss[-len(loss) // 5 :]))

@@ -13,6 +13,7 @@ __all__ = ["Array", "Flags", "LayerSamples", "Rule", "Sign", "Window"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
+_STANDS = 50  # steps at one threshold, after which it does not move by itself any more
 _BY_ITSELF = 10  # thresholds within a window: a policy moves it, nobody applied so many
 Severity = Literal["critical", "warning", "info"]
 
@@ -81,10 +82,12 @@ class Window:
         """The steps since the threshold was last changed; all, where it moves by itself."""
         known = np.isfinite(self.threshold)
         others = np.flatnonzero(known & (self.threshold != self.constant))
-        values = len(np.unique(self.threshold[known]))
-        if not len(others) or values > _BY_ITSELF:
+        if not len(others):
             return self
-        return self.last(len(self) - int(others[-1]) - 1)
+        since = len(self) - int(others[-1]) - 1
+        if since < _STANDS and len(np.unique(self.threshold[known])) > _BY_ITSELF:
+            return self
+        return self.last(since)
 
     def span(self, where: Flags | None = None) -> tuple[int, int]:
         """The first and the last step, of those where it is so."""
