@@ -1,7 +1,10 @@
 """Lightning and accelerate: one line there too, against the clipping that they have themselves."""
 
 import copy
+import re
+import sqlite3
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gradwatch
 from gradwatch import ClipNorm
 from gradwatch.errors import ConfigurationError
+from gradwatch_monitor import Store
 
 LIMITS = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -118,6 +122,40 @@ def test_lightning(steps, options, count):
     assert len(records) == count
     assert any(record.clipped for record in records)
     assert [record.pre_norm for record in records] == pytest.approx(ours.norms, rel=1e-5)
+
+
+def test_the_recipe_of_the_docs_goes_on_as_the_same_run(tmp_path):
+    """Trained, and trained again from its checkpoint: one run, each micro-batch's true loss."""
+    import lightning
+
+    page = (Path(gradwatch.__file__).parents[2] / "docs" / "frameworks.md").read_text()
+    (recipe,) = re.findall(r"```python\n(import lightning\n.*?)```", page, re.DOTALL)
+    names = {}
+    exec(recipe, names)
+    losses = []
+
+    class Noted(names["Module"]):
+        def training_step(self, *arguments):
+            losses.append(super().training_step(*arguments))
+            return losses[-1]
+
+    for epochs, checkpoint in ((1, None), (2, tmp_path / "last.ckpt")):
+        module = Noted()
+        trainer = lightning.Trainer(
+            max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, accumulate_grad_batches=4,
+        )  # fmt: skip
+        trainer.fit(module, batches(), ckpt_path=checkpoint)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        gradwatch.Agent.of(module.optimizers()).close()
+    with Store() as store:
+        (run,) = store.runs()
+        recorded = store.steps(run.id)
+    assert run.name == "my-run"
+    with sqlite3.connect("gradwatch.db") as connection:
+        taken = connection.execute("SELECT step, attempt FROM steps ORDER BY step").fetchall()
+    assert taken == [(step, 1 + step // 4) for step in range(8)]
+    assert recorded.loss.tolist() == pytest.approx([float(one) for one in losses[3::4]])
 
 
 # -- accelerate ----------------------------------------------------------------------------------
