@@ -89,6 +89,11 @@ class ClippedTwice:
         """Which of these norms lie where the greatest does, if a loop clipped at it."""
         return np.asarray(norms >= norms.max(initial=0.0) * (1 - cls.ROUNDING) - cls.EPSILON)
 
+    @classmethod
+    def shows(cls, norms: np.ndarray[Any, Any]) -> bool:
+        """Whether as many of these norms lie there as a loop that clips leaves."""
+        return int(np.count_nonzero(cls.at_wall(norms))) >= cls.AT_LEAST
+
     def _look(self, window: np.ndarray[Any, Any]) -> Finding | None:
         norms = window["norm"]
         top = norms.max(initial=0.0)

@@ -77,9 +77,8 @@ class Treatment:
         self._only = parts[0] if len(parts) == 1 else None
         self.by_group = parts[0].group is not None
         self.afterwards = Afterwards()
-        self._bad_from = (
-            self._bad_until
-        ) = -2  # the last steps in a row whose gradient was not finite
+        # The last steps in a row whose gradient was not finite.
+        self._bad_from = self._bad_until = -2
         self.look_at_policies()
 
     def look_at_policies(self) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from gradwatch.habits import ClippedTwice
 from gradwatch_monitor.diagnosis import RULES, Sign, Window
 from gradwatch_monitor.diagnosis.window import LayerSamples
 from gradwatch_monitor.rows import Finding
@@ -22,6 +23,7 @@ _Named = TypeVar("_Named", Finding, Sign)
 
 WINDOW = 2000  # steps that the rules look at
 START = 200  # and of the run's beginning
+_ENOUGH = 500  # norms, as `recommend` looks at
 OPENS, STAYS = 1.0, 0.7  # a finding's strength: so it does not come and go with every step
 # The others say all that the first does: most steps, a wall of norms under a loss scale. Where the
 # loop clips before, what the agent clips means nothing. And nothing keeps a run alive that is lost.
@@ -59,6 +61,8 @@ def diagnose(store: Store, run_id: int) -> list[Finding]:
     found = [finding for name, finding in before.items() if name in OF_THE_AGENT]
     window = window_of(store, run_id)
     if window is not None:
+        if _free_of_walls(window):  # a loop that was mended, and goes on as the same run
+            found = [finding for finding in found if finding.finding != "clipped_twice"]
         seen = signs(window, before)
         found.extend(_finding(sign, before.get(sign.finding)) for sign in seen)
     return sorted(_without_repetition(found), key=lambda f: (_GRAVITY[f.severity], f.first_step))
@@ -76,6 +80,12 @@ def signs(window: Window, open_: Collection[str] = ()) -> list[Sign]:
     seen = [sign for rule in RULES if (sign := rule(window)) is not None]
     said = [s for s in seen if s.strength >= (STAYS if s.finding in open_ else OPENS)]
     return _without_repetition(said)
+
+
+def _free_of_walls(window: Window) -> bool:
+    """Whether the last norms, enough to tell, show nothing of a loop that clips by itself."""
+    norms = window.pre_norm[np.isfinite(window.pre_norm)][-_ENOUGH:]
+    return len(norms) == _ENOUGH and not ClippedTwice.shows(norms)
 
 
 def _without_repetition(found: Sequence[_Named]) -> list[_Named]:

@@ -109,12 +109,9 @@ class Evidence:
         None where the agent saw no such clipping, or the last 500 norms show none.
         """
         recent = self.whole.norms[-500:]
-        if not self.history.clipped_before or not len(recent):
+        if not self.history.clipped_before or not ClippedTwice.shows(recent):
             return None
-        there = ClippedTwice.at_wall(recent)
-        if there.sum() < ClippedTwice.AT_LEAST:
-            return None
-        return float(recent.max()), float(there.mean())
+        return float(recent.max()), float(ClippedTwice.at_wall(recent).mean())
 
     def level_of_start(self) -> float:
         """The 80th percentile of the first norms."""

@@ -331,19 +331,27 @@ def test_steps_before_a_change_are_not_counted_as_clipped_at_what_is_in_force_no
 
 
 def test_where_the_loop_clips_before_nothing_is_said_of_what_the_agent_clips():
-    """Norms end at the loop's 0.5; that all are above 0.1 then is no news, nor to be mended first."""
+    """Norms end at the loop's 0.5; that all are above 0.1 is then not to be mended first."""
     weight = nn.Parameter(torch.ones(4))
     optimizer = torch.optim.SGD([weight], lr=0.01)
     agent = gradwatch.Agent(optimizer, clip=gradwatch.ClipNorm(0.1), run="twice", metrics_port=None)
-    rows = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
-    for row in rows:
-        optimizer.zero_grad()
-        (weight * row).sum().backward()
-        nn.utils.clip_grad_norm_([weight], 0.5)
-        optimizer.step()
+
+    def steps(count, loops_own):
+        for row in torch.randn(count, 4, generator=torch.Generator().manual_seed(count)):
+            optimizer.zero_grad()
+            (weight * row).sum().backward()
+            if loops_own:
+                nn.utils.clip_grad_norm_([weight], 0.5)
+            optimizer.step()
+        assert agent.flush()
+        with Store() as store:
+            return [f.finding for f in diagnose(store, 1)]
+
+    assert steps(300, loops_own=True) == ["clipped_twice"]
+    # Its own clipping is taken out: then that is over, and what it hid is told.
+    # (That the norms leapt up then is true as well.)
+    assert steps(600, loops_own=False) == ["clipping_every_step", "norm_drift"]
     agent.close()
-    with Store() as store:
-        assert [f.finding for f in diagnose(store, 1)] == ["clipped_twice"]
 
 
 def test_what_was_found_does_not_flicker_and_ends_with_its_cause():
