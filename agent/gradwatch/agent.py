@@ -16,6 +16,7 @@ from gradwatch.arguments import NOT_GIVEN, NotGiven
 from gradwatch.errors import AlreadyWrappedError, ConfigurationError, NotWrappedError
 from gradwatch.guard import guard, unguard
 from gradwatch.hooks import StepHooks
+from gradwatch.kernels import KernelStep
 from gradwatch.names import ParameterNames
 from gradwatch.notices import Notices
 from gradwatch.policies import ClipNorm, Policy
@@ -173,7 +174,8 @@ class Agent:
             optimizer.register_step_pre_hook(self._hooks.before),
             optimizer.register_step_post_hook(self._hooks.after),
         )
-        guard(optimizer, self._hooks.broken_off)
+        # Not where a run is to be as torch's own, to the letter.
+        guard(optimizer, self._hooks, KernelStep.of(optimizer) if chosen.fold else None)
         pipeline.in_child(self._forked)
         # The pipeline ends every run at exit; this one is for an optimizer that goes before.
         self._finalizer = weakref.finalize(optimizer, self._optimizer_is_gone)

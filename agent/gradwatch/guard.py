@@ -1,7 +1,9 @@
-"""The way out of a step that raises: no hook of torch's is called there.
+"""What stands before an optimizer's `step`: the way out of one that raises, and the short way in.
 
-A kernel fails, another hook raises, somebody presses Ctrl-C: what was set for the step must not
-outlive it. So `step` is shadowed on the one optimizer, as learning-rate schedulers do it.
+A kernel fails, another hook raises, somebody presses Ctrl-C: no hook of torch's is called then, and
+what was set for the step must not outlive it. So `step` is shadowed on the one optimizer, as
+learning-rate schedulers do it. A plain step goes to the optimizer's kernel from here (`kernels`),
+between the same two hooks.
 """
 
 from __future__ import annotations
@@ -11,28 +13,43 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from torch.optim import Optimizer
+
+    from gradwatch.hooks import StepHooks
+    from gradwatch.kernels import KernelStep
 
 __all__ = ["guard", "unguard"]
 
 _SHADOWED = "_gradwatch_shadows"  # on our `step`: what stood there before
+_COUNTED = "_wrapped_by_lr_sched"  # on a scheduler's
 
 
-def guard(optimizer: Optimizer, broken_off: Callable[[Optimizer], None]) -> None:
-    """Call `broken_off` wherever this optimizer's `step()` is left by an exception."""
+def guard(optimizer: Optimizer, hooks: StepHooks, kernel: KernelStep | None) -> None:
+    """Call `hooks.broken_off` wherever this optimizer's `step()` is left by an exception.
+
+    With a `kernel`, steps that are plain are taken by it.
+    """
     shadowed = vars(optimizer).get("step")
+    counted = hasattr(shadowed, _COUNTED)
+    if shadowed is not None and not counted:
+        kernel = None
     # Weakly, as the schedulers' does: an optimizer in a cycle is freed late, with all its state.
     reference = weakref.ref(optimizer)
 
     def guarded(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         try:
+            if kernel is not None and not (args or kwargs) and kernel.applies(optimizer, hooks):
+                if counted:  # a scheduler's `step` does this, and no more
+                    optimizer._opt_called = True  # type: ignore[attr-defined]
+                hooks.before(optimizer, (optimizer,), {})
+                kernel.take(optimizer)
+                hooks.after(optimizer, (optimizer,), {})
+                return None
             if shadowed is None:
                 return type(optimizer).step(optimizer, *args, **kwargs)
             return shadowed(*args, **kwargs)
         except BaseException:
-            broken_off(optimizer)
+            hooks.broken_off(optimizer)
             raise
 
     @functools.wraps(shadowed or type(optimizer).step)

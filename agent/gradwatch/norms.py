@@ -26,7 +26,9 @@ __all__ = ["Meter", "combine", "fault", "max_abs", "tensor_norms"]
 
 # Past numpy's dispatch to other array types, which costs as much again as the product.
 _vdot = getattr(np.vdot, "_implementation", np.vdot)
-_LARGE = 1 << 18  # elements; below, one foreach kernel for all tensors is faster
+_LARGE = (
+    1 << 16
+)  # elements; from here on torch's dot product, on all threads, is faster than BLAS on one
 _CHUNK = 1 << 20  # elements; a float32 dot product of this length is right to about 1e-6
 _HALF_CHUNK = 1 << 16
 _TINY = 1e-15  # squares below this one's lose digits in float32
@@ -166,6 +168,8 @@ def _large_norm(tensor: Tensor) -> float:
     if tensor.dtype in _HALF:
         parts = torch._foreach_norm(torch.split(flat, _HALF_CHUNK), 2.0, dtype=torch.float32)
         return hypot(*(part.item() for part in parts))
+    if flat.numel() <= _CHUNK:
+        return sqrt(torch.dot(flat, flat).item())
     return math.sqrt(math.fsum(torch.dot(c, c).item() for c in torch.split(flat, _CHUNK)))
 
 

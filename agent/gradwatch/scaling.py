@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["CLIP_EPSILON", "DIVISOR_LIMIT", "Carrier", "LossScale", "reads_grad_scale"]
+__all__ = ["CLIP_EPSILON", "DIVISOR_LIMIT", "Carrier", "LossScale", "is_fused", "reads_grad_scale"]
 
 CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
 DIVISOR_LIMIT = 1e37  # a greater divisor does not fit the kernel's float32
@@ -47,7 +47,7 @@ _NO_SCALER = LossScale(1.0, suppressed=False)
 
 def reads_grad_scale(optimizer: Optimizer) -> bool:
     """Whether this optimizer's kernel divides by `grad_scale`: torch's own fused ones do."""
-    if not _is_fused(optimizer):
+    if not is_fused(optimizer):
         return False
     step = inspect.unwrap(type(optimizer).step)
     return any(step is inspect.unwrap(kind.step) for kind in _FUSED)
@@ -80,7 +80,7 @@ class Carrier:
 
     def can_fold(self, optimizer: Optimizer) -> bool:
         """Whether the kernel takes a divisor; a checkpoint may have brought one back that is not fused."""
-        return self.folds and _is_fused(optimizer)
+        return self.folds and is_fused(optimizer)
 
     def left_by_scaler(self, optimizer: Optimizer) -> tuple[Tensor | None, Tensor | None]:
         """The same as `loss_scale`, still on the device: `grad_scale` and `found_inf`."""
@@ -212,7 +212,7 @@ class Carrier:
             return False, measured.norm
         limit = max_norm
         if measured.scale != 1.0:
-            if fold and _is_fused(optimizer):
+            if fold and is_fused(optimizer):
                 _multiply(grads, 1.0 / measured.scale)
                 self._replace_grad_scale(optimizer, torch.ones((), device=grads[0].device))
             else:
@@ -231,7 +231,8 @@ class Carrier:
         setattr(optimizer, name, value)
 
 
-def _is_fused(optimizer: Optimizer) -> bool:
+def is_fused(optimizer: Optimizer) -> bool:
+    """Whether every group is to be stepped by the fused kernel."""
     for group in optimizer.param_groups:  # noqa: SIM110 - a generator would cost more
         if not group.get("fused"):
             return False

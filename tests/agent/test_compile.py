@@ -10,13 +10,14 @@ from loops import mlp, set_gradients, watched
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("with_closure", [False, True])
-def test_a_compiled_step_works_and_does_not_recompile(with_closure):
+@pytest.mark.parametrize("kernel", ["foreach", "fused"])
+def test_a_compiled_step_works_and_does_not_recompile(with_closure, kernel):
     """Same parameters as the plain step; no new graph after the first steps."""
     from torch._dynamo.utils import counters
 
     model, twin = mlp(), mlp()
-    ours = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=True)
-    theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, foreach=True)
+    ours = torch.optim.AdamW(model.parameters(), lr=0.01, **{kernel: True})
+    theirs = torch.optim.AdamW(twin.parameters(), lr=0.01, **{kernel: True})
     agent, sink = watched(ours)
     step = torch.compile(ours.step, backend="eager")
     graphs = []
