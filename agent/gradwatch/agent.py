@@ -175,7 +175,8 @@ class Agent:
             optimizer.register_step_post_hook(self._hooks.after),
         )
         # Not where a run is to be as torch's own, to the letter.
-        guard(optimizer, self._hooks, KernelStep.of(optimizer) if chosen.fold else None)
+        self._kernel = KernelStep.of(optimizer) if chosen.fold else None
+        guard(optimizer, self._hooks, self._kernel)
         pipeline.in_child(self._forked)
         # The pipeline ends every run at exit; this one is for an optimizer that goes before.
         self._finalizer = weakref.finalize(optimizer, self._optimizer_is_gone)
@@ -315,6 +316,8 @@ class Agent:
     def _let_go(self) -> None:
         """Off the optimizer, with hooks and all."""
         self._finalizer.detach()
+        if self._kernel is not None:
+            self._kernel.on = False
         for handle in self._handles:
             handle.remove()
         if (optimizer := self._optimizer()) is not None:

@@ -38,7 +38,7 @@ def guard(optimizer: Optimizer, hooks: StepHooks, kernel: KernelStep | None) -> 
 
     def guarded(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         try:
-            if kernel is not None and not (args or kwargs) and kernel.applies(optimizer, hooks):
+            if kernel is not None and not (args or kwargs) and kernel.applies(optimizer):
                 if counted:  # a scheduler's `step` does this, and no more
                     optimizer._opt_called = True  # type: ignore[attr-defined]
                 hooks.before(optimizer, (optimizer,), {})

@@ -15,6 +15,7 @@ from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.compiler import is_compiling
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torchs
 
@@ -22,8 +23,6 @@ from gradwatch.scaling import is_fused
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from gradwatch.hooks import StepHooks
 
 __all__ = ["KernelStep"]
 
@@ -37,6 +36,7 @@ class KernelStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         kind = type(optimizer)
+        self.on = True  # until the agent takes its hooks off
         self._state_of, self._call = _KERNELS[kind]
         self._step = kind.step  # somebody may put another in its place
         self._without_hooks = kind.step.__wrapped__  # type: ignore[attr-defined]
@@ -44,6 +44,7 @@ class KernelStep:
             torchs._global_optimizer_pre_hooks,
             torchs._global_optimizer_post_hooks,
         )
+        self._is_profiled = torch._C._autograd._profiler_enabled
         self._seen: list[Any] = []  # the whole state, and what else the next two follow from
         self._states: list[list[list[Tensor]]] = []  # each group's lists for the kernel
         self._steps: list[Tensor] = []
@@ -55,21 +56,22 @@ class KernelStep:
         kind: Any = type(optimizer)
         return cls(optimizer) if _does_the_same(kind) else None
 
-    def applies(self, optimizer: Optimizer, hooks: StepHooks) -> bool:
-        """Whether it is the fused kernel's step, and nothing goes with it but these hooks."""
+    def applies(self, optimizer: Optimizer) -> bool:
+        """Whether it is the fused kernel's step on a CPU, with no hook but the agent's two."""
         before, after = self._hooks_of_all
         params = optimizer.param_groups[0]["params"]
         return (
-            not torch.compiler.is_compiling()
-            and bool(params)
-            and params[0].is_cpu
-            and is_fused(optimizer)
-            and type(optimizer).step is self._step
-            and list(optimizer._optimizer_step_pre_hooks.values()) == [hooks.before]
-            and list(optimizer._optimizer_step_post_hooks.values()) == [hooks.after]
+            self.on
+            and len(optimizer._optimizer_step_pre_hooks) == 1
+            and len(optimizer._optimizer_step_post_hooks) == 1
             and not before
             and not after
-            and not torch._C._autograd._profiler_enabled()
+            and type(optimizer).step is self._step
+            and is_fused(optimizer)
+            and bool(params)
+            and params[0].is_cpu
+            and not is_compiling()
+            and not self._is_profiled()
         )
 
     def take(self, optimizer: Optimizer) -> None:
