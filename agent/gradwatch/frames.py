@@ -45,8 +45,8 @@ def only_makes_state() -> bool:
     return False
 
 
-def leave_to_python(*functions: Any) -> None:
-    """Keep torch.compile from tracing into these, and into what they call.
+def leave_to_python(*functions: Any) -> bool:
+    """Keep torch.compile from tracing into these, and into what they call; False where it would.
 
     What `torch.compiler.disable` does, without importing the compiler or costing anything a call.
     A compiled `optimizer.step` calls the hooks as they are, and stays compiled itself.
@@ -59,4 +59,5 @@ def leave_to_python(*functions: Any) -> None:
             function._torchdynamo_disable = True
             dynamo.set_code_exec_strategy(function.__code__, strategy)
     except AttributeError:  # an older torch: a compiled step is traced through, and not recorded
-        return
+        return False
+    return True

@@ -12,6 +12,8 @@ import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from torch.compiler import is_compiling
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
@@ -38,7 +40,12 @@ def guard(optimizer: Optimizer, hooks: StepHooks, kernel: KernelStep | None) -> 
 
     def guarded(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
         try:
-            if kernel is not None and not (args or kwargs) and kernel.applies(optimizer):
+            if (
+                kernel is not None
+                and not (args or kwargs)
+                and not is_compiling()  # torch's step then, of which it knows what to make
+                and kernel.applies(optimizer)
+            ):
                 if counted:  # a scheduler's `step` does this, and no more
                     optimizer._opt_called = True  # type: ignore[attr-defined]
                 hooks.before(optimizer, (optimizer,), {})

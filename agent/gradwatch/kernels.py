@@ -15,10 +15,10 @@ from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.compiler import is_compiling
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import optimizer as torchs
 
+from gradwatch.frames import leave_to_python
 from gradwatch.scaling import is_fused
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ class KernelStep:
             and is_fused(optimizer)
             and bool(params)
             and params[0].is_cpu
-            and not is_compiling()
             and not self._is_profiled()
         )
 
@@ -99,16 +98,10 @@ class KernelStep:
         groups: list[_Group] = []
         seen = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
         for group in optimizer.param_groups:
-            params = group["params"]
-            grads = [param.grad for param in params]
-            kinds = set(map(type, grads))
-            if kinds != _TENSORS:
-                params = [param for param in params if param.grad is not None]
-                grads = [grad for grad in grads if grad is not None]
-                kinds.discard(type(None))
+            params, grads = _with_gradients(group)
             if not params:
                 continue
-            if kinds != _TENSORS:
+            if set(map(type, grads)) != _TENSORS:
                 raise _LeftToTorchError
             groups.append((group, params, grads))
             seen += params
@@ -117,7 +110,7 @@ class KernelStep:
             self._look_up(optimizer, groups)
             self._seen = seen
         self._counters.see(self._steps)
-        calls = []
+        calls: list[_Call] = []
         for (options, params, grads), tensors in zip(groups, self._states, strict=True):
             kernel, numbers = self._call(options)
             numbers["grad_scale"] = divisor
@@ -135,6 +128,17 @@ class KernelStep:
         ]
         self._states = [tensors for tensors, _ in found]
         self._steps = [step for _, steps in found for step in steps]
+
+
+_IS_LEFT_TO_PYTHON = leave_to_python(KernelStep.applies, KernelStep.take)
+
+
+def _with_gradients(group: _Options) -> tuple[list[Tensor], list[Tensor]]:
+    params = group["params"]
+    grads = [grad for param in params if (grad := param.grad) is not None]
+    if len(grads) < len(params):
+        params = [param for param in params if param.grad is not None]
+    return params, grads
 
 
 class _LeftToTorchError(Exception):
@@ -172,21 +176,19 @@ class _Counters:
 
 _Options = Mapping[str, Any]
 _Group = tuple[_Options, "list[Tensor]", "list[Tensor]"]  # with its parameters and gradients
+_Kernel = tuple["Callable[..., None]", dict[str, Any]]  # with its numbers
 _Call = tuple["Callable[..., None]", "list[list[Tensor]]", dict[str, Any]]
+_State = tuple["list[list[Tensor]]", "list[Tensor]"]  # what the kernel takes, what is to be counted
 
 
-def _adam_state(
-    group: _Options, states: Sequence[Mapping[str, Tensor]]
-) -> tuple[list[list[Tensor]], list[Tensor]]:
+def _adam_state(group: _Options, states: Sequence[Mapping[str, Tensor]]) -> _State:
     steps = [state["step"] for state in states]
     maxima = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
     averages = [state["exp_avg"] for state in states]
     return [averages, [state["exp_avg_sq"] for state in states], maxima, steps], steps
 
 
-def _adam(
-    group: _Options, *, decoupled: bool = False
-) -> tuple[Callable[..., None], dict[str, Any]]:
+def _adam(group: _Options, *, decoupled: bool = False) -> _Kernel:
     beta1, beta2 = group["betas"]
     decoupled = group.get("decoupled_weight_decay", decoupled)
     return torch._fused_adamw_ if decoupled else torch._fused_adam_, {
@@ -200,9 +202,7 @@ def _adam(
     }
 
 
-def _sgd_state(
-    group: _Options, states: Sequence[Mapping[str, Tensor]]
-) -> tuple[list[list[Tensor]], list[Tensor]]:
+def _sgd_state(group: _Options, states: Sequence[Mapping[str, Tensor]]) -> _State:
     if group["momentum"] == 0:
         return [[]], []
     buffers = [state["momentum_buffer"] for state in states]
@@ -211,7 +211,7 @@ def _sgd_state(
     return [buffers], []
 
 
-def _sgd(group: _Options) -> tuple[Callable[..., None], dict[str, Any]]:
+def _sgd(group: _Options) -> _Kernel:
     return torch._fused_sgd_, {
         "weight_decay": group["weight_decay"],
         "momentum": group["momentum"],
@@ -245,7 +245,8 @@ def _does_the_same(kind: type[Optimizer]) -> bool:
     try:
         hooked = Optimizer.profile_hook_step(_does_the_same)
         return (
-            kind in _KERNELS
+            _IS_LEFT_TO_PYTHON
+            and kind in _KERNELS
             and kind.step.__code__ is hooked.__code__
             and all(_try(kind, options) for options in _TRIED[kind])
         )
