@@ -12,7 +12,6 @@ from gradwatch.shards import Shards
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch import Tensor
     from torch.optim import Optimizer
 
     from gradwatch.names import ParameterNames
@@ -143,16 +142,20 @@ class Notices:
         self,
         step: int,
         measured: Sequence[Measurement],
-        every: Sequence[Tensor],
+        optimizer: Optimizer,
         weights: Sequence[float] | None,
     ) -> bytes:
-        """A sample of the gradient norm of `every` parameter, and of the weights' where known."""
+        """A sample of every parameter's gradient norm, and of the weights' where they are given."""
+        count = len(self.named(optimizer))
         norms = measured[0].tensor_norms
-        if len(norms) != len(every):  # in several parts, or some have no gradient
+        if len(norms) != count:  # in several parts, or some have no gradient
             found = {
                 id(param): norm
                 for part in measured
                 for param, norm in zip(part.params, part.tensor_norms, strict=True)
             }
+            every = [p for group in optimizer.param_groups for p in group["params"]]
             norms = [found.get(id(param), math.nan) for param in every]
+        if weights is not None and len(weights) != len(norms):  # a group came in between
+            weights = None
         return events.encode_layers(step, norms, weights)

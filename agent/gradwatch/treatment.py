@@ -191,11 +191,7 @@ class Treatment:
         """Put the layer norms on record; of an optimizer that is gone, nothing."""
         if optimizer is None:
             return
-        self.notices.named(optimizer)
-        every = [p for group in optimizer.param_groups for p in group["params"]]
-        if weights is not None and len(weights) != len(every):  # a group came in between
-            weights = None
-        layers = self.notices.layers(step.number, step.measured, every, weights)
+        layers = self.notices.layers(step.number, step.measured, optimizer, weights)
         step.messages = [*step.messages, layers]
 
     def _clip(self, optimizer: Optimizer, step: OpenStep, part: Part, *, by_hand: bool) -> None:
