@@ -90,8 +90,8 @@ class Settings(BaseSettings):
     fold: Annotated[
         bool,
         Field(
-            description="Fold clipping into the fused optimizer's kernel; 0: multiply in place, "
-            "bit-identical to torch's `clip_grad_norm_`."
+            description="Fold clipping into the fused optimizer's kernel, and call that directly; "
+            "0: multiply in place, bit-identical to torch's `clip_grad_norm_`, and step by torch's."
         ),
     ] = True
     remote_control: Annotated[
