@@ -30,6 +30,7 @@ import json, sys, time
 import torch
 began = time.perf_counter()
 import gradwatch
+gradwatch.wrap
 took = time.perf_counter() - began
 heavy = {"streamlit", "pandas", "alembic", "altair", "matplotlib", "grafana_client", "sqlalchemy"}
 print(json.dumps([took, sorted(heavy & set(sys.modules))]))

@@ -7,10 +7,10 @@ gradwatch.wrap(optimizer, model=model, clip=gradwatch.ClipNorm(1.0), run="bilstm
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from gradwatch._version import __version__
-from gradwatch.agent import Agent, wrap
 from gradwatch.errors import (
     AlreadyWrappedError,
     ConfigurationError,
@@ -37,6 +37,7 @@ from gradwatch.policies import (
 )
 
 if TYPE_CHECKING:
+    from gradwatch.agent import Agent, wrap
     from gradwatch.config import Settings
 
 __all__ = [
@@ -67,11 +68,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # pydantic takes longer to load than all the rest here; most jobs never name Settings.
-    if name == "Settings":
-        from gradwatch.config import Settings  # noqa: PLC0415
+# Loaded when they are asked for: torch, which none of the commands needs, and pydantic, which takes
+# longer than all the rest here and which most jobs never name.
+_LATER = {"Agent": "gradwatch.agent", "Settings": "gradwatch.config", "wrap": "gradwatch.agent"}
 
-        return Settings
-    msg = f"module {__name__!r} has no attribute {name!r}"
-    raise AttributeError(msg)
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    found = globals()[name] = getattr(importlib.import_module(_LATER[name]), name)
+    return found

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
-import torch
-
 from gradwatch.policies.base import Policy, positive
 from gradwatch.records import Measurement, ScaleEach
 
@@ -37,6 +35,7 @@ class AdaptiveGradientClip(Policy[None]):
     Raises:
         ConfigurationError: an argument is not such a number.
 
+    >>> import torch
     >>> weight, gradient = torch.tensor([[3.0, 4.0]]), torch.tensor([[0.0, 0.1]])
     >>> m = Measurement(0.1, 2.0, [0.1], [weight], [gradient], 1.0)
     >>> AdaptiveGradientClip(0.01).decide(m, None).factors
@@ -57,7 +56,6 @@ class AdaptiveGradientClip(Policy[None]):
     def init(self) -> None:
         """Nothing is learnt."""
 
-    @torch.no_grad()
     def decide(self, measurement: Measurement, state: None) -> ScaleEach:  # noqa: ARG002
         """A factor for each unit of each tensor."""
         factors = []
@@ -65,13 +63,17 @@ class AdaptiveGradientClip(Policy[None]):
             greatest = _unit_norms(param).clamp(min=self.eps) * self.clipping
             norms = _unit_norms(grad) / measurement.scale
             factor = greatest / norms.clamp(min=_SMALLEST_NORM)
-            factors.append(torch.where(norms > greatest, factor, 1.0))
+            factors.append(factor.where(norms > greatest, 1.0))
         return ScaleEach(factors)
 
 
 def _unit_norms(tensor: Tensor) -> Tensor:
     """The L2 norm of each row, in float32 or wider and of a shape that broadcasts; 0-d of a vector."""
+    import torch  # noqa: PLC0415 - who only names the policy, as a command does, has no need of it
+
     dtype = torch.promote_types(tensor.dtype, torch.float32)
     rows = tuple(range(1, tensor.ndim)) or None
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=rows, keepdim=bool(rows), dtype=dtype)
+    norms: Tensor = torch.linalg.vector_norm(
+        tensor.detach(), dim=rows, keepdim=bool(rows), dtype=dtype
+    )
     return norms
