@@ -189,6 +189,8 @@ def _adam_state(group: _Options, states: Sequence[Mapping[str, Tensor]]) -> _Sta
 
 
 def _adam(group: _Options, *, decoupled: bool = False) -> _Kernel:
+    if group["differentiable"]:  # which torch refuses
+        raise _LeftToTorchError
     beta1, beta2 = group["betas"]
     decoupled = group.get("decoupled_weight_decay", decoupled)
     return torch._fused_adamw_ if decoupled else torch._fused_adam_, {
@@ -212,6 +214,8 @@ def _sgd_state(group: _Options, states: Sequence[Mapping[str, Tensor]]) -> _Stat
 
 
 def _sgd(group: _Options) -> _Kernel:
+    if group["foreach"]:  # which SGD takes for more than `fused`
+        raise _LeftToTorchError
     return torch._fused_sgd_, {
         "weight_decay": group["weight_decay"],
         "momentum": group["momentum"],

@@ -26,9 +26,7 @@ __all__ = ["Meter", "combine", "fault", "max_abs", "tensor_norms"]
 
 # Past numpy's dispatch to other array types, which costs as much again as the product.
 _vdot = getattr(np.vdot, "_implementation", np.vdot)
-_LARGE = (
-    1 << 16
-)  # elements; from here on torch's dot product, on all threads, is faster than BLAS on one
+_LARGE = 1 << 16  # elements; from here on torch's dot product, on all threads, is faster
 _CHUNK = 1 << 20  # elements; a float32 dot product of this length is right to about 1e-6
 _HALF_CHUNK = 1 << 16
 _TINY = 1e-15  # squares below this one's lose digits in float32

@@ -245,16 +245,30 @@ def test_what_is_changed_between_steps_counts(change):
         (ADAMW, {"amsgrad": True}, {"amsgrad": False}),
         (SGD, {"momentum": 0.9}, {"momentum": 0}),
         (SGD, {}, {"momentum": 0.9}),
+        (SGD, {"momentum": 0.9}, {"foreach": True}),
+        (ADAM, {}, {"foreach": True}),
     ],
 )
-def test_options_that_ask_for_other_state(kind, options, change):
-    """The state that is there stays, used or not."""
+def test_options_that_ask_for_another_way(kind, options, change):
+    """Or for other state; what is there stays, used or not."""
     pair = Pair(kind, **options)
     for _ in range(3):
         pair.step()
     pair.each(lambda _, optimizer: optimizer.param_groups[0].update(change))
     for _ in range(3):
         pair.step()
+    assert pair.same()
+
+
+def test_what_torch_refuses_is_refused():
+    """By its own words, with the weights as they were."""
+    pair = Pair()
+    pair.step()
+    pair.each(lambda _, optimizer: optimizer.param_groups[0].update(differentiable=True))
+    set_gradients(1, *pair.models)
+    for optimizer in pair.optimizers:
+        with pytest.raises(RuntimeError, match="does not support differentiable"):
+            optimizer.step()
     assert pair.same()
 
 
