@@ -170,13 +170,14 @@ class Agent:
         self._scaler = ScalerWatch.on(scaler, optimizer, self._hooks) if scaler else None
         if self._scaler is not None:
             self._hooks.scaler = self._scaler
+        before, after = self._hooks.before, self._hooks.after
         self._handles = (
-            optimizer.register_step_pre_hook(self._hooks.before),
-            optimizer.register_step_post_hook(self._hooks.after),
+            optimizer.register_step_pre_hook(before),
+            optimizer.register_step_post_hook(after),
         )
-        # Not where a run is to be as torch's own, to the letter.
-        self._kernel = KernelStep.of(optimizer) if chosen.fold else None
-        guard(optimizer, self._hooks, self._kernel)
+        # No kernel where a run is to be as torch's own, to the letter.
+        kernel = KernelStep.of(optimizer, before, after) if chosen.fold else None
+        guard(optimizer, self._hooks, kernel)
         pipeline.in_child(self._forked)
         # The pipeline ends every run at exit; this one is for an optimizer that goes before.
         self._finalizer = weakref.finalize(optimizer, self._optimizer_is_gone)
@@ -316,8 +317,6 @@ class Agent:
     def _let_go(self) -> None:
         """Off the optimizer, with hooks and all."""
         self._finalizer.detach()
-        if self._kernel is not None:
-            self._kernel.on = False
         for handle in self._handles:
             handle.remove()
         if (optimizer := self._optimizer()) is not None:

@@ -32,8 +32,9 @@ def guard(optimizer: Optimizer, hooks: StepHooks, kernel: KernelStep | None) -> 
     With a `kernel`, steps that are plain are taken by it.
     """
     shadowed = vars(optimizer).get("step")
-    counted = hasattr(shadowed, _COUNTED)
-    if shadowed is not None and not counted:
+    below = getattr(shadowed, "__wrapped__", None)
+    counted = hasattr(shadowed, _COUNTED) and below is type(optimizer).step
+    if shadowed is not None and not counted:  # somebody's own
         kernel = None
     # Weakly, as the schedulers' does: an optimizer in a cycle is freed late, with all its state.
     reference = weakref.ref(optimizer)
@@ -46,7 +47,7 @@ def guard(optimizer: Optimizer, hooks: StepHooks, kernel: KernelStep | None) -> 
                 and not is_compiling()  # torch's step then, of which it knows what to make
                 and kernel.applies(optimizer)
             ):
-                if counted:  # a scheduler's `step` does this, and no more
+                if counted:  # a scheduler's `step` over torch's does this, and no more
                     optimizer._opt_called = True  # type: ignore[attr-defined]
                 hooks.before(optimizer, (optimizer,), {})
                 kernel.take(optimizer)

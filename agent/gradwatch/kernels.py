@@ -9,9 +9,9 @@ and everything is where torch's own step turns out to do something else (`_does_
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from operator import attrgetter, is_
+import sys
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,52 +26,62 @@ if TYPE_CHECKING:
 
 __all__ = ["KernelStep"]
 
-_where = attrgetter("is_cpu", "layout")
-_DENSE = {(True, torch.strided)}
 _TENSORS = {torch.Tensor}
+_dtype = attrgetter("dtype")
+_layout = attrgetter("layout")
+
+_Options = Mapping[str, Any]
+_Kernel = Callable[..., None]
+_Numbers = dict[str, Any]
+# A kernel, its lists of tensors after parameters and gradients, its numbers, and what is to be counted.
+_Call = tuple[_Kernel, "list[list[Tensor]]", _Numbers, "list[Tensor]"]
 
 
 class KernelStep:
-    """Takes the steps of one optimizer through its kernel alone."""
+    """Takes the steps of one optimizer through its kernel alone; keeps nothing of them."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, before: Any, after: Any) -> None:
         kind = type(optimizer)
-        self.on = True  # until the agent takes its hooks off
-        self._state_of, self._call = _KERNELS[kind]
-        self._step = kind.step  # somebody may put another in its place
+        self._call = _CALLS[kind]
+        self._before, self._after = before, after
+        self._torchs = _torchs(optimizer)  # somebody may put another in its place
         self._without_hooks = kind.step.__wrapped__  # type: ignore[attr-defined]
         self._hooks_of_all = (
             torchs._global_optimizer_pre_hooks,
             torchs._global_optimizer_post_hooks,
         )
         self._is_profiled = torch._C._autograd._profiler_enabled
-        self._seen: list[Any] = []  # the whole state, and what else the next two follow from
-        self._states: list[list[list[Tensor]]] = []  # each group's lists for the kernel
-        self._steps: list[Tensor] = []
-        self._counters = _Counters()
+        self._modes = torch._C._len_torch_dispatch_stack
+        self._one = torch.ones((), device="cpu", dtype=torch.float32)
 
     @classmethod
-    def of(cls, optimizer: Optimizer) -> KernelStep | None:
-        """For torch's own Adam, AdamW and SGD; None for others, and where torch has changed."""
+    def of(cls, optimizer: Optimizer, before: Any, after: Any) -> KernelStep | None:
+        """For torch's own Adam, AdamW and SGD; None for others, and where torch has changed.
+
+        `before` and `after` are the agent's hooks, as they were registered.
+        """
         kind: Any = type(optimizer)
-        return cls(optimizer) if _does_the_same(kind) else None
+        return cls(optimizer, before, after) if _does_the_same(kind) else None
 
     def applies(self, optimizer: Optimizer) -> bool:
-        """Whether it is the fused kernel's step on a CPU, with no hook but the agent's two."""
-        before, after = self._hooks_of_all
-        params = optimizer.param_groups[0]["params"]
-        return (
-            self.on
-            and len(optimizer._optimizer_step_pre_hooks) == 1
-            and len(optimizer._optimizer_step_post_hooks) == 1
-            and not before
-            and not after
-            and type(optimizer).step is self._step
-            and is_fused(optimizer)
-            and bool(params)
-            and params[0].is_cpu
-            and not self._is_profiled()
-        )
+        """Whether torch would call its fused kernel on a CPU, and no hook but the agent's two."""
+        try:
+            (before,) = optimizer._optimizer_step_pre_hooks.values()
+            (after,) = optimizer._optimizer_step_post_hooks.values()
+            params = optimizer.param_groups[0]["params"]
+            return (
+                before is self._before
+                and after is self._after
+                and not any(self._hooks_of_all)
+                and type(params) is list
+                and params[0].is_cpu
+                and is_fused(optimizer)
+                and _torchs(optimizer) == self._torchs
+                and not self._is_profiled()
+                and not self._modes()
+            )
+        except Exception:  # noqa: BLE001 - whatever it is, torch knows what to make of it
+            return False
 
     def take(self, optimizer: Optimizer) -> None:
         """Step, without hooks: by the kernel, or as torch does where that might differ."""
@@ -83,8 +93,10 @@ class KernelStep:
         with_grad = torch.is_grad_enabled()
         torch._C._set_grad_enabled(False)
         try:
-            self._counters.count()
-            for kernel, tensors, numbers in calls:
+            for kernel, tensors, numbers, counters in calls:
+                if counters:
+                    # A number here would be made a tensor for every one of them.
+                    torch._foreach_add_(counters, self._one, alpha=1.0)
                 kernel(*tensors, **numbers)
         finally:
             torch._C._set_grad_enabled(with_grad)
@@ -95,105 +107,69 @@ class KernelStep:
         divisor = left.get("grad_scale")
         if left.get("found_inf") is not None or not (divisor is None or divisor.is_cpu):
             raise _LeftToTorchError
-        groups: list[_Group] = []
-        seen = list(chain.from_iterable(map(dict.values, optimizer.state.values())))
+        calls: list[_Call] = []
         for group in optimizer.param_groups:
-            params, grads = _with_gradients(group)
+            params = [param for param in group["params"] if param.grad is not None]
             if not params:
                 continue
-            if set(map(type, grads)) != _TENSORS:
+            grads = [param.grad for param in params]
+            kernel, state, numbers, counters = self._call(optimizer.state, group, params)
+            if (
+                set(map(type, grads)) != _TENSORS
+                or set(map(_layout, grads)) != {torch.strided}
+                or len({*map(_dtype, grads), *(t.dtype for ts in state[:1] for t in ts)}) != 1
+            ):
                 raise _LeftToTorchError
-            groups.append((group, params, grads))
-            seen += params
-            seen += (group.get("amsgrad"), group.get("momentum") != 0)
-        if len(seen) != len(self._seen) or not all(map(is_, seen, self._seen)):
-            self._look_up(optimizer, groups)
-            self._seen = seen
-        self._counters.see(self._steps)
-        calls: list[_Call] = []
-        for (options, params, grads), tensors in zip(groups, self._states, strict=True):
-            kernel, numbers = self._call(options)
             numbers["grad_scale"] = divisor
-            calls.append((kernel, [params, grads, *tensors], numbers))
+            calls.append((kernel, [params, grads, *state], numbers, counters))
         return calls
-
-    def _look_up(self, optimizer: Optimizer, groups: Sequence[_Group]) -> None:
-        """Find every parameter's state."""
-        for _, _, grads in groups:
-            if set(map(_where, grads)) != _DENSE:
-                raise _LeftToTorchError
-        found = [
-            self._state_of(group, [optimizer.state.get(param, {}) for param in params])
-            for group, params, _ in groups
-        ]
-        self._states = [tensors for tensors, _ in found]
-        self._steps = [step for _, steps in found for step in steps]
 
 
 _IS_LEFT_TO_PYTHON = leave_to_python(KernelStep.applies, KernelStep.take)
-
-
-def _with_gradients(group: _Options) -> tuple[list[Tensor], list[Tensor]]:
-    params = group["params"]
-    grads = [grad for param in params if (grad := param.grad) is not None]
-    if len(grads) < len(params):
-        params = [param for param in params if param.grad is not None]
-    return params, grads
 
 
 class _LeftToTorchError(Exception):
     """Something is out of the ordinary."""
 
 
-class _Counters:
-    """Counts an optimizer's steps in the memory of its counters, one for each parameter.
+def _torchs(optimizer: Optimizer) -> tuple[Any, ...]:
+    """What torch's step is made of: the method, and what it calls."""
+    kind: Any = type(optimizer)
+    return (
+        kind.step,
+        kind._init_group,
+        kind._optimizer_step_code,
+        optimizer.__dict__.get("_init_group"),
+        optimizer.__dict__.get("_optimizer_step_code"),
+        *(getattr(sys.modules[module], name) for module, name in _FUNCTIONS[kind]),
+    )
 
-    As exact as adding 1 to the tensors, for a hundredth of the time.
-    """
 
-    def __init__(self) -> None:
-        self._places: list[int] = []
-        self._cells: list[Any] = []
-
-    def see(self, counters: Sequence[Tensor]) -> None:
-        """These are to be counted; they are looked into where their memory is another than before."""
-        places = [counter.data_ptr() for counter in counters]
-        if places == self._places:  # the cells keep it: nothing else can have come there
-            return
-        for counter in counters:
-            if not (counter.is_cpu and counter.dtype is torch.float32 and counter.numel() == 1):
-                raise _LeftToTorchError
-        self._cells = [counter.detach().numpy().reshape(1).data for counter in counters]
-        self._places = places
-
-    def count(self) -> None:
-        """One step more."""
-        for cell in self._cells:
-            cell[0] += 1.0
+_FUNCTIONS = {
+    Adam: [("torch.optim.adam", "adam"), ("torch.optim.adam", "_fused_adam")],
+    AdamW: [("torch.optim.adam", "adam"), ("torch.optim.adam", "_fused_adam")],
+    SGD: [("torch.optim.sgd", "sgd"), ("torch.optim.sgd", "_fused_sgd")],
+}
 
 
 # -- what each kernel is called with ---------------------------------------------------------------
 
-_Options = Mapping[str, Any]
-_Group = tuple[_Options, "list[Tensor]", "list[Tensor]"]  # with its parameters and gradients
-_Kernel = tuple["Callable[..., None]", dict[str, Any]]  # with its numbers
-_Call = tuple["Callable[..., None]", "list[list[Tensor]]", dict[str, Any]]
-_State = tuple["list[list[Tensor]]", "list[Tensor]"]  # what the kernel takes, what is to be counted
 
-
-def _adam_state(group: _Options, states: Sequence[Mapping[str, Tensor]]) -> _State:
-    steps = [state["step"] for state in states]
-    maxima = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
-    averages = [state["exp_avg"] for state in states]
-    return [averages, [state["exp_avg_sq"] for state in states], maxima, steps], steps
-
-
-def _adam(group: _Options, *, decoupled: bool = False) -> _Kernel:
-    if group["differentiable"]:  # which torch refuses
+def _adam(state: Mapping[Tensor, Any], group: _Options, params: list[Tensor]) -> _Call:
+    if group["foreach"] or group["capturable"] or group["differentiable"]:
         raise _LeftToTorchError
     beta1, beta2 = group["betas"]
-    decoupled = group.get("decoupled_weight_decay", decoupled)
-    return torch._fused_adamw_ if decoupled else torch._fused_adam_, {
+    if isinstance(beta1, torch.Tensor) or isinstance(beta2, torch.Tensor):
+        raise _LeftToTorchError
+    states = [state[param] for param in params]
+    steps = [of["step"] for of in states]
+    tensors = [
+        [of["exp_avg"] for of in states],
+        [of["exp_avg_sq"] for of in states],
+        [of["max_exp_avg_sq"] for of in states] if group["amsgrad"] else [],
+        steps,
+    ]
+    numbers = {
         "lr": group["lr"],
         "beta1": beta1,
         "beta2": beta2,
@@ -202,21 +178,19 @@ def _adam(group: _Options, *, decoupled: bool = False) -> _Kernel:
         "amsgrad": group["amsgrad"],
         "maximize": group["maximize"],
     }
+    kernel = torch._fused_adamw_ if group["decoupled_weight_decay"] else torch._fused_adam_
+    return kernel, tensors, numbers, steps
 
 
-def _sgd_state(group: _Options, states: Sequence[Mapping[str, Tensor]]) -> _State:
-    if group["momentum"] == 0:
-        return [[]], []
-    buffers = [state["momentum_buffer"] for state in states]
-    if set(map(type, buffers)) != _TENSORS:  # None before the first step
+def _sgd(state: Mapping[Tensor, Any], group: _Options, params: list[Tensor]) -> _Call:
+    if group["foreach"]:  # which it takes for more than `fused`
         raise _LeftToTorchError
-    return [buffers], []
-
-
-def _sgd(group: _Options) -> _Kernel:
-    if group["foreach"]:  # which SGD takes for more than `fused`
-        raise _LeftToTorchError
-    return torch._fused_sgd_, {
+    buffers = []
+    if group["momentum"] != 0:
+        buffers = [state[param]["momentum_buffer"] for param in params]
+        if set(map(type, buffers)) != _TENSORS:  # None before the first step
+            raise _LeftToTorchError
+    numbers = {
         "weight_decay": group["weight_decay"],
         "momentum": group["momentum"],
         "lr": group["lr"],
@@ -225,13 +199,10 @@ def _sgd(group: _Options) -> _Kernel:
         "maximize": group["maximize"],
         "is_first_step": False,
     }
+    return torch._fused_sgd_, [buffers], numbers, []
 
 
-_KERNELS: dict[type[Optimizer], Any] = {
-    Adam: (_adam_state, _adam),
-    AdamW: (_adam_state, functools.partial(_adam, decoupled=True)),
-    SGD: (_sgd_state, _sgd),
-}
+_CALLS: dict[type[Optimizer], Any] = {Adam: _adam, AdamW: _adam, SGD: _sgd}
 
 
 # -- whether that is what torch does ---------------------------------------------------------------
@@ -247,15 +218,29 @@ _TRIED: dict[type[Optimizer], list[dict[str, Any]]] = {
 def _does_the_same(kind: type[Optimizer]) -> bool:
     """Whether steps by the kernel leave what torch's own do; tried out, once a process."""
     try:
-        hooked = Optimizer.profile_hook_step(_does_the_same)
         return (
             _IS_LEFT_TO_PYTHON
-            and kind in _KERNELS
-            and kind.step.__code__ is hooked.__code__
+            and kind in _CALLS
+            and _is_torchs_own(kind.step)
             and all(_try(kind, options) for options in _TRIED[kind])
         )
     except Exception:  # noqa: BLE001 - a torch that is not as this was written for
         return False
+
+
+def _is_torchs_own(step: Any) -> bool:
+    """Whether it is torch's method in torch's two wrappers, and nothing of somebody else's."""
+    hooked, with_grad_mode = (
+        Optimizer.profile_hook_step(_is_torchs_own),
+        torchs._use_grad_for_differentiable(_is_torchs_own),
+    )
+    method = step.__wrapped__.__wrapped__
+    return (
+        step.__code__ is hooked.__code__
+        and step.__wrapped__.__code__ is with_grad_mode.__code__
+        and method.__globals__["__name__"] in {"torch.optim.adam", "torch.optim.sgd"}
+        and method.__code__.co_name == "step"
+    )
 
 
 def _try(kind: type[Optimizer], options: Mapping[str, Any]) -> bool:
@@ -263,7 +248,7 @@ def _try(kind: type[Optimizer], options: Mapping[str, Any]) -> bool:
     for by_kernel in (True, False):
         weight = torch.linspace(-1.0, 1.0, 5, device="cpu", dtype=torch.float32).requires_grad_()
         optimizer: Any = kind([weight], lr=0.1, fused=True, **options)  # type: ignore[call-arg]
-        way = KernelStep(optimizer)
+        way = KernelStep(optimizer, None, None)
         for step in range(4):
             weight.grad = (weight.detach() + step).cos()
             divisor = torch.full((), 3.0, device="cpu", dtype=torch.float32)

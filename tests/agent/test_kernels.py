@@ -4,7 +4,11 @@ The reference is torch's own step, on a twin that nobody watches.
 """
 
 import copy
+import gc
+import subprocess
 import sys
+import types
+import weakref
 
 import pytest
 import torch
@@ -28,7 +32,7 @@ ADAM, ADAMW, SGD = torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD
 KINDS = [
     (ADAMW, {}),
     (ADAMW, {"amsgrad": True, "betas": (0.5, 0.7), "eps": 1e-3}),
-    (ADAMW, {"lr": torch.tensor(0.03), "betas": (torch.tensor(0.8), torch.tensor(0.9))}),
+    (ADAMW, {"lr": torch.tensor(0.03)}),
     (ADAM, {"weight_decay": 0.1, "maximize": True}),
     (ADAM, {"weight_decay": 0.1, "decoupled_weight_decay": True}),
     (SGD, {}),
@@ -82,8 +86,8 @@ def by_torch(monkeypatch):
             return original(*args, **kwargs)
 
         monkeypatch.setattr(place, function, counted)
-    for kind in kernels._KERNELS:
-        kernels.KernelStep.of(one_parameter(kind)[1])  # tries torch's own, once
+    for kind in kernels._CALLS:
+        kernels.KernelStep.of(one_parameter(kind)[1], None, None)  # tries torch's own, once
     taken.clear()
     return taken
 
@@ -217,6 +221,9 @@ def unfuse(_, optimizer):
     optimizer.param_groups[0]["fused"] = False
 
 
+BY_TORCH = {halve_a_part, unfuse}  # torch groups by dtype; another kernel
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -225,8 +232,8 @@ def unfuse(_, optimizer):
         note_something, unfuse,
     ],
 )  # fmt: skip
-def test_what_is_changed_between_steps_counts(change):
-    """Whatever a loop does to model and optimizer, the next step works on that."""
+def test_what_is_changed_between_steps_counts(change, by_torch):
+    """Whatever a loop does to model and optimizer, the next step works on that; by the kernel."""
     pair = Pair()
     for _ in range(3):
         pair.step()
@@ -237,6 +244,11 @@ def test_what_is_changed_between_steps_counts(change):
         assert pair.same()
     else:
         assert parameters_equal(*pair.models)
+    by_torch.clear()
+    pair.step()
+    pair.optimizers[0].zero_grad()
+    watched_groups = len(by_torch) - len(pair.optimizers[1].param_groups)
+    assert watched_groups == (1 if change in BY_TORCH else 0)
 
 
 @pytest.mark.parametrize(
@@ -412,3 +424,205 @@ def test_an_agent_that_is_closed_leaves_other_hooks_their_steps():
         weight.grad = torch.ones(4)
         optimizer.step()
     assert seen == ["before", "after"] * 2
+
+
+def test_a_step_of_somebody_elses_below_a_scheduler_is_called():
+    """The scheduler's own is put over it: that a step is counted is not all that happens there."""
+    weight, optimizer = one_parameter(ADAM, fused=True)
+
+    def bounded(self, closure=None):
+        ADAM.step(self, closure)
+        with torch.no_grad():
+            weight.clamp_(min=0.85)
+
+    optimizer.step = types.MethodType(bounded, optimizer)
+    CosineAnnealingLR(optimizer, 10)
+    watched(optimizer)
+    for _ in range(4):
+        weight.grad = torch.ones(4)
+        optimizer.step()
+    torch.testing.assert_close(weight.detach(), torch.full((4,), 0.85))
+
+
+@pytest.mark.parametrize("name", ["_init_group", "_optimizer_step_code"])
+@pytest.mark.parametrize("on", [ADAM, "instance"])
+def test_what_is_put_into_torchs_step_is_called(name, on, monkeypatch):
+    """After the wrap, on the class or on this optimizer."""
+    weight, optimizer = one_parameter(ADAM, fused=True)
+    watched(optimizer)
+    seen = []
+    original = getattr(ADAM, name)
+
+    def patched(self, *args):
+        seen.append(name)
+        return original(self, *args)
+
+    for step in range(4):
+        if step == 2:
+            patch = patched if on is ADAM else types.MethodType(patched, optimizer)
+            monkeypatch.setattr(optimizer if on == "instance" else on, name, patch)
+        weight.grad = torch.ones(4)
+        optimizer.step()
+    assert len(seen) == 2
+
+
+def test_a_class_whose_step_was_replaced_before_torch_hooked_it():
+    """In a process of its own: torch wraps whatever stands there when the first one is made."""
+    script = """
+import torch, gradwatch
+from gradwatch.testing import MemorySink
+seen, original = [], torch.optim.SGD.step
+def step(self, closure=None):
+    seen.append(self)
+    return original(self, closure)
+torch.optim.SGD.step = step
+weight = torch.nn.Parameter(torch.ones(4))
+optimizer = torch.optim.SGD([weight], lr=0.1, fused=True)
+gradwatch.wrap(optimizer, store=MemorySink(), metrics_port=None)
+for _ in range(4):
+    weight.grad = torch.ones(4)
+    optimizer.step()
+print(len(seen), all(one is optimizer for one in seen))
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert told.stdout.split() == ["4", "True"]
+
+
+def test_nothing_of_a_step_is_kept():
+    """What is dropped from the optimizer is freed, and all of it with the optimizer."""
+    pair = Pair()
+    pair.step()
+    pair.step()
+    model, optimizer = pair.models[0], pair.optimizers[0]
+    optimizer.zero_grad()
+    state = [weakref.ref(v) for of in optimizer.state.values() for v in of.values()]
+    optimizer.state.clear()
+    gc.collect()
+    assert not any(reference() for reference in state)
+    pair.each(lambda _, optimizer: optimizer.zero_grad())
+    weights = [weakref.ref(p) for p in model.parameters()]
+    pair.agent.close()
+    del model, optimizer
+    pair.models.clear()
+    pair.optimizers.clear()
+    gc.collect()
+    assert not any(reference() is not None for reference in weights)
+
+
+@pytest.mark.parametrize("where", ["one group", "two groups"])
+def test_a_counter_that_parameters_share_counts_as_torchs(where):
+    """A state dict made by hand, of which loading keeps the sharing."""
+
+    def share(_, optimizer):
+        shared = optimizer.state_dict()
+        step = torch.tensor(100.0)
+        for of in shared["state"].values():
+            of["step"] = step
+        optimizer.load_state_dict(shared)
+
+    pair = Pair(two_groups=where == "two groups")
+    pair.step()
+    pair.each(share)
+    for _ in range(2):
+        pair.step()
+    assert pair.same()
+
+
+@pytest.mark.parametrize("broken", ["lr", "dtype", "sparse"])
+def test_a_step_that_raises_leaves_what_torchs_leaves(broken):
+    """The same error, the same weights and counters: the groups before the broken one were stepped."""
+
+    def spoil(model, optimizer):
+        if broken == "lr":
+            optimizer.param_groups[1]["lr"] = None
+        elif broken == "dtype":
+            model[2].double()
+        for parameter in model[2].parameters():
+            parameter.grad = torch.ones_like(parameter)
+        if broken == "sparse":
+            model[2].weight.grad = model[2].weight.grad.to_sparse()
+
+    pair = Pair(two_groups=True)
+    for _ in range(3):
+        pair.step()
+    pair.each(spoil)
+    told = []
+    for optimizer in pair.optimizers:
+        with pytest.raises((TypeError, RuntimeError)) as caught:
+            optimizer.step()
+        told.append((caught.type, str(caught.value)[:50]))
+    assert told[0] == told[1]
+    assert pair.same()
+
+
+@pytest.mark.parametrize("kind", ["none", "values", "ParameterList"])
+def test_groups_of_another_kind(kind):
+    """Emptied, or with something else than a list of parameters: as torch takes it."""
+    models = [mlp(), mlp()]
+    for i, model in enumerate(models):
+        optimizer = ADAMW(model.parameters(), lr=0.1, fused=True)
+        (group,) = optimizer.param_groups
+        group["params"] = {
+            "none": list,
+            "values": lambda model=model: dict(model.named_parameters()).values(),
+            "ParameterList": lambda model=model: nn.ParameterList(model.parameters()),
+        }[kind]()
+        if i == 0:
+            watched(optimizer, clip=ClipNorm(1e9))
+        for step in range(3):
+            set_gradients(step, model)
+            optimizer.step()
+        optimizer.param_groups.clear()
+        optimizer.step()
+    assert parameters_equal(*models)
+
+
+def test_betas_that_are_tensors_of_one_element():
+    """They are made numbers of, first."""
+    pair = Pair()
+    betas = torch.tensor([0.8]), torch.tensor([0.9])
+    for _ in range(3):
+        pair.step()
+        pair.each(lambda _, optimizer: optimizer.param_groups[0].update(betas=betas))
+    assert pair.same()
+
+
+def test_hooks_that_took_the_place_of_the_agents():
+    """As many as before, of somebody else."""
+    weight, optimizer = one_parameter(ADAMW, fused=True)
+    watched(optimizer)
+    optimizer._optimizer_step_pre_hooks.clear()
+    optimizer._optimizer_step_post_hooks.clear()
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    for _ in range(2):
+        weight.grad = torch.ones(4)
+        optimizer.step()
+    assert seen == ["before", "after"] * 2
+
+
+def test_the_storage_of_a_counter_is_the_jobs():
+    """It may be freed, as offloading does it; and what watches operations sees torch's."""
+    weight, optimizer = one_parameter(ADAMW, fused=True)
+    watched(optimizer)
+    for _ in range(2):
+        weight.grad = torch.ones(4)
+        optimizer.step()
+    optimizer.state[weight]["step"].untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_parameter_that_joins_in_later(momentum):
+    """Its first gradient comes when others have a momentum already."""
+    pair = Pair(ADAM if momentum else SGD)
+    for step in range(5):
+        set_gradients(step, *pair.models)
+        if step < 2:
+            for model in pair.models:
+                model[0].weight.grad = None
+        for optimizer in pair.optimizers:
+            optimizer.step()
+    assert pair.same()
