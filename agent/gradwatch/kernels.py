@@ -9,7 +9,6 @@ and everything is where torch's own step turns out to do something else (`_does_
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -41,11 +40,17 @@ class KernelStep:
     """Takes the steps of one optimizer through its kernel alone; keeps nothing of them."""
 
     def __init__(self, optimizer: Optimizer, before: Any, after: Any) -> None:
-        kind = type(optimizer)
+        kind: Any = type(optimizer)
         self._call = _CALLS[kind]
         self._before, self._after = before, after
-        self._torchs = _torchs(optimizer)  # somebody may put another in its place
-        self._without_hooks = kind.step.__wrapped__  # type: ignore[attr-defined]
+        self._step: Any = kind.step
+        self._without_hooks = self._step.__wrapped__
+        # What torch's step calls; somebody may put something else in its place.
+        self._init_group = kind._init_group
+        self._step_code = kind._optimizer_step_code
+        self._namespace: dict[str, Any] = self._without_hooks.__wrapped__.__globals__
+        self._name = "sgd" if kind is SGD else "adam"
+        self._function = self._namespace[self._name]
         self._hooks_of_all = (
             torchs._global_optimizer_pre_hooks,
             torchs._global_optimizer_post_hooks,
@@ -69,6 +74,8 @@ class KernelStep:
             (before,) = optimizer._optimizer_step_pre_hooks.values()
             (after,) = optimizer._optimizer_step_post_hooks.values()
             params = optimizer.param_groups[0]["params"]
+            kind: Any = type(optimizer)
+            own = optimizer.__dict__
             return (
                 before is self._before
                 and after is self._after
@@ -76,7 +83,12 @@ class KernelStep:
                 and type(params) is list
                 and params[0].is_cpu
                 and is_fused(optimizer)
-                and _torchs(optimizer) == self._torchs
+                and kind.step is self._step
+                and kind._init_group is self._init_group
+                and kind._optimizer_step_code is self._step_code
+                and "_init_group" not in own
+                and "_optimizer_step_code" not in own
+                and self._namespace[self._name] is self._function
                 and not self._is_profiled()
                 and not self._modes()
             )
@@ -130,26 +142,6 @@ _IS_LEFT_TO_PYTHON = leave_to_python(KernelStep.applies, KernelStep.take)
 
 class _LeftToTorchError(Exception):
     """Something is out of the ordinary."""
-
-
-def _torchs(optimizer: Optimizer) -> tuple[Any, ...]:
-    """What torch's step is made of: the method, and what it calls."""
-    kind: Any = type(optimizer)
-    return (
-        kind.step,
-        kind._init_group,
-        kind._optimizer_step_code,
-        optimizer.__dict__.get("_init_group"),
-        optimizer.__dict__.get("_optimizer_step_code"),
-        *(getattr(sys.modules[module], name) for module, name in _FUNCTIONS[kind]),
-    )
-
-
-_FUNCTIONS = {
-    Adam: [("torch.optim.adam", "adam"), ("torch.optim.adam", "_fused_adam")],
-    AdamW: [("torch.optim.adam", "adam"), ("torch.optim.adam", "_fused_adam")],
-    SGD: [("torch.optim.sgd", "sgd"), ("torch.optim.sgd", "_fused_sgd")],
-}
 
 
 # -- what each kernel is called with ---------------------------------------------------------------
