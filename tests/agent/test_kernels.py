@@ -24,6 +24,7 @@ from loops import (
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradwatch import ClipNorm, kernels
 from gradwatch.scaling import CLIP_EPSILON
@@ -626,3 +627,47 @@ def test_a_parameter_that_joins_in_later(momentum):
         for optimizer in pair.optimizers:
             optimizer.step()
     assert pair.same()
+
+
+def test_a_function_of_torchs_that_somebody_replaces_is_called(monkeypatch):
+    """The one that its step hands everything to, after the wrap."""
+    weight, optimizer = one_parameter(ADAM, fused=True)
+    watched(optimizer)
+    place = sys.modules["torch.optim.adam"]
+    seen, original = [], place.adam
+
+    def patched(*args, **kwargs):
+        seen.append(weight)
+        return original(*args, **kwargs)
+
+    for step in range(4):
+        if step == 2:
+            monkeypatch.setattr(place, "adam", patched)
+        weight.grad = torch.ones(4)
+        optimizer.step()
+    assert len(seen) == 2
+
+
+class Operations(TorchDispatchMode):
+    """Notes what torch is asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_who_watches_operations_sees_torchs():
+    """Under a dispatch mode, as those that count or fake them are."""
+    weight, optimizer = one_parameter(ADAM, fused=True)
+    watched(optimizer)
+    for _ in range(2):
+        weight.grad = torch.ones(4)
+        optimizer.step()
+    weight.grad = torch.ones(4)
+    with Operations() as operations:
+        optimizer.step()
+    assert "aten._foreach_add_.Scalar" in operations.seen
