@@ -68,8 +68,8 @@ __all__ = [
 ]
 
 
-# Loaded when they are asked for: torch, which none of the commands needs, and pydantic, which takes
-# longer than all the rest here and which most jobs never name.
+# Loaded when they are asked for: Agent and wrap bring torch, which no command but the demo needs;
+# Settings brings pydantic, which takes longer than all the rest here and which most jobs never name.
 _LATER = {"Agent": "gradwatch.agent", "Settings": "gradwatch.config", "wrap": "gradwatch.agent"}
 
 

@@ -1,7 +1,7 @@
 """The step of torch's own fused optimizers on the CPU: their kernel, without what surrounds it.
 
-For a small model most of `AdamW(fused=True).step()` is Python: hooks, grouping the tensors, a
-kernel for each counter of steps. The same kernel called with the same tensors and numbers leaves
+For a small model most of `AdamW(fused=True).step()` is Python: a profiler's mark, grouping the
+tensors, a tensor made for each counter of steps. The same kernel called with the same tensors and numbers leaves
 the same weights and the same state, bit for bit. Whatever is out of the ordinary is left to torch,
 and everything is where torch's own step turns out to do something else (`_does_the_same`).
 """
@@ -129,7 +129,7 @@ class KernelStep:
             if (
                 set(map(type, grads)) != _TENSORS
                 or set(map(_layout, grads)) != {torch.strided}
-                or len({*map(_dtype, grads), *(t.dtype for ts in state[:1] for t in ts)}) != 1
+                or len({*map(_dtype, grads), *map(_dtype, state[0])}) != 1
             ):
                 raise _LeftToTorchError
             numbers["grad_scale"] = divisor

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from stores import write_run
 
 import gradwatch
 import gradwatch_dashboards
@@ -75,6 +76,23 @@ print(json.dumps([new, threading.active_count(), os.listdir(".") == files]))
     assert not heavy & set(new)
     assert threads == 1
     assert same_files
+
+
+def test_no_verb_waits_for_torch(tmp_path):
+    """Loading it takes longer than all else that a command does."""
+    write_run(store=f"{tmp_path}/gradwatch.db")
+    verbs = ["runs", "show first", "recommend first", "diagnose first", "report first", "doctor"]
+    script = f"""
+import sys
+from gradwatch_dashboards.cli import app
+for verb in {verbs!r}:
+    app(verb.split(), standalone_mode=False)
+    assert "torch" not in sys.modules, verb
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
 
 
 def test_readme_names_every_verb_and_no_other():

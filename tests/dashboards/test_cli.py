@@ -31,23 +31,6 @@ def test_runs(run):
     assert (row["name"], row["steps"], row["status"], row["live"]) == ("two", 5, "finished", False)
 
 
-def test_no_verb_waits_for_torch(tmp_path):
-    """Loading it takes longer than all else that a command does."""
-    write_run(store=f"{tmp_path}/gradwatch.db")
-    verbs = ["runs", "show first", "recommend first", "diagnose first", "report first", "doctor"]
-    script = f"""
-import sys
-from gradwatch_dashboards.cli import app
-for verb in {verbs!r}:
-    app(verb.split(), standalone_mode=False)
-    assert "torch" not in sys.modules, verb
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
-
-
 def test_show_equals_sql(run):
     """The counts of `show --json` are those of SQL."""
     write_run(nan_at=(299,))
