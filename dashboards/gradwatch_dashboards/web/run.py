@@ -78,10 +78,17 @@ def heading(run: Run, summary: Summary) -> None:
         column.metric(label, value, help=told)
 
 
+_ROOM = 8  # characters of a tile
+
+
 def _short(value: float | None) -> str:
-    """Four digits; of numbers with an exponent two, which is what a tile has room for."""
+    """Four digits; two and an exponent where those would be more than a tile has room for."""
     text = number(value)
-    return text if "e" not in text else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
+    return (
+        text
+        if "e" not in text and len(text) <= _ROOM
+        else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
+    )
 
 
 def advice(run: Run, recommendation: Recommendation, outcomes: Sequence[Outcome]) -> None:
