@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from gradwatch._version import __version__
 from gradwatch.errors import ConfigurationError
 from gradwatch.part import Part, sparse_refusal
 from gradwatch.policies import Policy, SkipSpikes
+from gradwatch.step_log import number
 
 if TYPE_CHECKING:
     from gradwatch.config import Settings
@@ -224,6 +226,7 @@ def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict
     """What `runs.settings` says of this run: enough to read its numbers by, no secrets."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     policies = [part.policy for part in hooks.parts]
+    rates = [number(group.get("lr")) for group in optimizer.param_groups]
     return {
         "optimizer": type(optimizer).__name__,
         "folds": hooks.folds,
@@ -232,6 +235,7 @@ def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict
         "on_nonfinite": hooks.on_nonfinite,
         "fold": settings.fold,
         "groups": len(optimizer.param_groups),
+        "learning_rates": [rate for rate in rates if math.isfinite(rate)],  # at the beginning
         "tensors": len(params),
         "parameters": sum(p.numel() for p in params),
         "device": str(params[0].device) if params else None,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from gradwatch.tape import Tape
     from gradwatch.treatment import OpenStep, Treatment
 
-__all__ = ["StepLog"]
+__all__ = ["StepLog", "number"]
 
 _nan = math.nan
 
@@ -57,7 +57,7 @@ class StepLog:
             step.time,
             step.ended,
             loss,
-            lr if type(lr) is float else _number(lr),
+            lr if type(lr) is float else number(lr),
             step.pre_norm,
             step.post_norm,
             step.threshold,
@@ -77,7 +77,7 @@ class StepLog:
                 self._report("event", f"an event is not on record: {error}")
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
     """A number, or NaN for what is none (an optimizer that finds its own learning rate)."""
     try:
         return float(value)

@@ -75,6 +75,13 @@ def on_digits(seed, lr=0.05, batch=32, momentum=0.9, spoil=lambda _, *rows: rows
     return Workload(net, optimizer, loss, STEPS)
 
 
+def by_adam(seed, lr):
+    """The classifier with four tanh layers, whose weights Adam carries off at such a rate."""
+    workload = on_digits(seed, depth=4, activation=nn.Tanh)
+    optimizer = torch.optim.Adam(workload.model.parameters(), lr=lr)
+    return dataclasses.replace(workload, optimizer=optimizer)
+
+
 def full_batch(seed, lr):
     """Gradient descent without noise, beyond the rate at which it is stable (Cohen et al. 2021)."""
     seeded(seed)
@@ -179,6 +186,7 @@ SPOILED: dict[str, Callable[[int], Spoiled]] = {
     # the rest
     "exploding_gradients": lambda s: Spoiled(exploding(s), gradwatch.ObserveOnly()),
     "nonfinite_gradient": lambda s: Spoiled(on_digits(s), Clip(1.0), loss=_root),
+    "learning_rate_too_high": lambda s: Spoiled(by_adam(s, lr=0.1), Clip(1.0)),
     "vanishing_gradients": lambda s: Spoiled(
         on_digits(s, depth=12, activation=nn.Sigmoid, lr=0.01), Clip(1.0)
     ),

@@ -32,6 +32,7 @@ _SAID_BY = {
     "clipping_every_step": {"clipped_twice", "not_unscaled"},
     "clipped_twice": {"not_unscaled"},
     "clipping_keeps_it_alive": {"no_convergence"},
+    "vanishing_gradients": {"learning_rate_too_high"},  # of units that it has saturated
 }
 OF_THE_AGENT = frozenset(
     {"clip_after_step", "clipped_twice"}
@@ -39,8 +40,8 @@ OF_THE_AGENT = frozenset(
 
 _GRAVITY = {"critical": 0, "warning": 1, "info": 2}
 _COLUMNS = (
-    "step", "loss", "pre_norm", "post_norm", "threshold", "loss_scale", "clipped", "nonfinite",
-    "nonfinite_loss", "skipped",
+    "step", "loss", "pre_norm", "post_norm", "threshold", "loss_scale", "lr", "clipped",
+    "nonfinite", "nonfinite_loss", "skipped",
 )  # fmt: skip
 
 

@@ -182,6 +182,13 @@ class Evidence:
             f"at {loss.last:.3g}"
         )
 
+    def too_fast(self) -> tuple[str, bool] | None:
+        """The sentence that says that the learning rate is too high, and whether it learns all the same."""
+        sign = self.history.too_fast
+        if sign is None or sign.strength < 1.0:
+            return None
+        return sign.message, sign.severity != "critical"
+
     def learns(self) -> bool:
         """Whether the loss fell to under a fifth of what it began at: leaps did it no harm."""
         loss = self.history.losses

@@ -24,11 +24,14 @@ from gradwatch.summaries import (
     spikes,
     windowed,
 )
+from gradwatch_monitor.diagnose import window_of
+from gradwatch_monitor.diagnosis.layers import learning_rate_too_high
 from gradwatch_monitor.timeline import Blocks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from gradwatch_monitor.diagnosis import Sign
     from gradwatch_monitor.rows import Event, Finding, Run
     from gradwatch_monitor.store import Store
 
@@ -78,6 +81,7 @@ class History:
         False  # whether the agent saw that the loop clips by itself before step()
     )
     changed_at: int = 0  # the steps before another policy was applied, the last time that one was
+    too_fast: Sign | None = None  # what `learning_rate_too_high` says of it
     _stretches: dict[float, Stretch] = dataclasses.field(
         default_factory=dict, init=False, repr=False
     )
@@ -93,10 +97,12 @@ class History:
             store.last_change(run_id),
             store.findings(run_id),
         )
+        window = window_of(store, run_id)
         norms, threshold, clipped, nonfinite, loss = (columns[name] for name in COLUMNS)
         return cls(
-            norms, threshold, clipped, nonfinite, loss, blocks=blocks, first_loss=first, **told
-        )
+            norms, threshold, clipped, nonfinite, loss, blocks=blocks, first_loss=first, **told,
+            too_fast=None if window is None else learning_rate_too_high(window),
+        )  # fmt: skip
 
     # -- in whole ------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ _FAR = 1.5  # times what is in force: constants looser than that were right in h
 _KNOWN = 0.9  # of a run at the constant, that this one must tell about
 _SPIKE = 5.0  # times what is usual: a healthy run has none
 _MARGIN = 1.1  # by which a ratio may lie out of the band: the next seed moves it further
+_NO_CURE = "no threshold mends that"
 _CAP = 3.0  # a policy's cap, in units of the constant
 
 Judgement = tuple[Verdict, Policy[Any] | None, list[str]]
@@ -64,7 +65,7 @@ def over(seen: Evidence) -> str:
 
 
 def _faults(seen: Evidence) -> Judgement | None:
-    """NaN or inf in more than one gradient in a hundred; a loss that diverged."""
+    """NaN or inf in more than one gradient in a hundred; a loss that diverged, or stands still."""
     if seen.nonfinite_ratio > 0.01:
         return "fix_training", _kept(seen), [
             (f"after the first fifth of the run {100 * seen.nonfinite_ratio:.1f} % of the steps have a "
@@ -73,6 +74,11 @@ def _faults(seen: Evidence) -> Judgement | None:
         ]  # fmt: skip
     if divergence := seen.divergence():
         return "fix_training", *_after_divergence(seen, f"the training diverged: {divergence}")
+    if (too_fast := seen.too_fast()) and not too_fast[1]:
+        return "fix_training", _kept(seen), [
+            f"nothing is learnt: {too_fast[0]}",
+            f"lower the learning rate by 10 to 100; {_NO_CURE}",
+        ]  # fmt: skip
     return None
 
 
@@ -80,7 +86,7 @@ def _after_divergence(seen: Evidence, divergence: str) -> tuple[Policy[Any] | No
     """By SGD, to clip every step is to lower the learning rate; nothing else helps."""
     advice = "lower the learning rate (by ten, to begin with), or look at the initialisation"
     if not seen.steps_follow_the_gradient:
-        return _kept(seen), [divergence, f"{advice}; no threshold mends that"]
+        return _kept(seen), [divergence, f"{advice}; {_NO_CURE}"]
     usual = min(seen.late.quantile(0.5), seen.held or math.inf)  # as it was applied
     tight = ClipNorm(float(f"{0.1 * usual:.2g}"), seen.history.norm_type)
     return tight, [
@@ -268,6 +274,8 @@ def remarks(seen: Evidence, verdict: Verdict) -> list[str]:
             f"{100 * plain:.0f} % of this run's norms are above {seen.tau:g}, but a run that is "
             f"clipped there by {optimizer} is {slower} past the large ones: {100 * share:.0f} %"
         )
+    if (too_fast := seen.too_fast()) and too_fast[1]:
+        found.append(f"{too_fast[0]}: lower it first; {_NO_CURE}")
     if seen.current_threshold is None and seen.history.policy not in {"", "ObserveOnly"}:
         found.append(
             f"the band and this threshold are about the global norm; {seen.history.policy} clips "

@@ -96,6 +96,8 @@ def test_an_optimizer_without_a_learning_rate_is_recorded():
     assert paced.flush()
     assert [s.lr for s in sink.steps] == pytest.approx([0.1, 0.2])
     assert math.isnan(paced_sink.steps[0].lr)
+    assert sink.runs[0].settings["learning_rates"] == [0.1]
+    assert paced_sink.runs[0].settings["learning_rates"] == []
 
 
 def test_groups_added_later_get_the_last_policy(caplog):

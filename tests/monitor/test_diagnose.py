@@ -14,7 +14,7 @@ from torch import nn
 from torch.amp import GradScaler
 
 import gradwatch
-from gradwatch_monitor import Store, diagnose
+from gradwatch_monitor import Store, diagnose, recommend
 from gradwatch_monitor.diagnose import OF_THE_AGENT, signs, window_of
 from gradwatch_monitor.diagnosis import Window
 from gradwatch_monitor.diagnosis.window import LayerSamples
@@ -30,14 +30,21 @@ def perceptron(depth=2, activation=nn.ReLU, width=32):
     return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
-def train(seed, model=None, lr=0.1, clip=None, *, scaler=None, each=lambda model, step, loss: loss):
+def by_sgd(params, lr):
+    return torch.optim.SGD(params, lr=lr, momentum=0.9)
+
+
+def train(
+    seed, model=None, lr=0.1, clip=None, *, scaler=None, each=lambda model, step, loss: loss,
+    optimizer=by_sgd,
+):  # fmt: skip
     """A perceptron on the digits, watched; `each` may spoil a step's loss."""
     torch.manual_seed(seed)
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32) / 16
     y = torch.tensor(digits.target)
     model = model or perceptron()
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+    optimizer = optimizer(model.parameters(), lr)
     agent = gradwatch.Agent(
         optimizer,
         model=model,
@@ -117,6 +124,61 @@ def test_gradients_that_vanish_on_their_way_back(seed):
     assert found()["vanishing_gradients"].data["parameter"].split(".")[0] in {"1", "3"}
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
+def test_adam_at_a_rate_that_carries_the_weights_off(activation, seed):
+    """By the weights as numpy has them; units that saturate for it are no fault of the network."""
+    model = perceptron(depth=4, activation=activation, width=64)
+    sizes = []
+
+    def look(model, step, loss):
+        if step in {100, 200}:
+            flat = nn.utils.parameters_to_vector(model.parameters()).detach().double().numpy()
+            sizes.append(np.sqrt((flat**2).mean()))
+        return loss
+
+    train(seed, model, lr=0.3, optimizer=torch.optim.Adam, each=look)
+    with Store("gradwatch.db") as store:
+        layers = window_of(store, 1).layers
+        told = recommend(store, 1)
+    sampled = np.isfinite(layers.weight_norm).all(axis=1)
+    assert layers.step[sampled].tolist()[:3] == [0, 100, 200]
+    said = found()
+    assert "vanishing_gradients" not in said
+    assert said["learning_rate_too_high"].severity == "critical"
+    assert said["learning_rate_too_high"].data["learning_rate"] == 0.3
+    relative = said["learning_rate_too_high"].data["relative"]
+    assert 0.3 / max(sizes) * 0.9 < relative < 0.3 / min(sizes) * 1.1
+    assert told.verdict == "fix_training"
+
+
+def test_rates_that_are_not_too_high():
+    """A tenth of it; an optimizer whose steps follow the gradient; groups at rates of their own."""
+    weights = np.ones((5, 4)) * 10.0  # 4 tensors of 100 elements: each weight is 1
+    layers = layer_samples(weights, np.ones((5, 4)))
+
+    def said(rate, loss=None, **settings):
+        facts = {"optimizer": "AdamW", "groups": 1, "parameters": 400, **settings}
+        rates = np.broadcast_to(rate, 600)
+        seen = signs(
+            window(falling() if loss is None else loss, layers=layers, lr=rates, settings=facts)
+        )
+        return {sign.finding: sign for sign in seen}.get("learning_rate_too_high")
+
+    sign = said(0.2)
+    assert (sign.severity, sign.data["relative"]) == ("warning", pytest.approx(0.2))
+    assert "20 % of the weights' size" in sign.message
+    assert said(0.02) is None
+    assert said(0.12) is None
+    assert said(0.12, np.full(600, 2.0)).severity == "critical"  # where nothing is learnt
+    assert said(0.2, optimizer="SGD") is None
+    assert said(0.2, groups=2) is None
+    assert said(0.2, groups=2, learning_rates=[0.2, 0.01]) is None
+    assert said(0.2, groups=2, learning_rates=[0.2, 0.2]) is not None
+    # A schedule that has come down: the rate at the time of the samples counts.
+    assert said(np.where(np.arange(600) < 90, 0.2, 0.001)) is None
+
+
 def test_clipping_before_unscaling():
     """`clip_grad_norm_` on gradients that still carry the loss scale."""
     train(0, scaler=GradScaler("cpu", init_scale=1024.0), clip=gradwatch.ClipNorm(5.0))
@@ -155,8 +217,8 @@ def window(loss, norms=None, **facts):
     nan = np.full(count, math.nan)
     values = {
         "step": np.arange(float(count)), "loss": loss, "pre_norm": np.ones(count),
-        "post_norm": np.ones(count), "threshold": nan, "loss_scale": nan, "clipped": no,
-        "nonfinite": no, "nonfinite_loss": no, "skipped": no, "first_losses": loss[:200],
+        "post_norm": np.ones(count), "threshold": nan, "loss_scale": nan, "lr": nan,
+        "clipped": no,         "nonfinite": no, "nonfinite_loss": no, "skipped": no, "first_losses": loss[:200],
         "first_norms": np.ones(min(count, 200)), **facts,
     }  # fmt: skip
     if norms is not None:

@@ -11,6 +11,7 @@ from stores import lognormal, write_run
 
 from gradwatch import ClipNorm, ConfigurationError, ObserveOnly, TargetRatio
 from gradwatch_monitor import Store, recommend
+from gradwatch_monitor.diagnosis import Sign
 from gradwatch_monitor.evidence import AT_LEAST
 from gradwatch_monitor.history import History
 from gradwatch_monitor.recommend import recommend_from
@@ -337,6 +338,23 @@ def test_a_loss_that_blew_up_is_no_matter_of_thresholds():
     assert any("2.3 at first" in reason for reason in diverged.reasons)
     both_signs = recommend_from(history(norms, loss=loss - 2.5))
     assert not any("loss" in reason for reason in both_signs.reasons)
+
+
+@pytest.mark.parametrize("severity", ["critical", "warning"])
+def test_a_learning_rate_too_high_comes_before_any_threshold(severity):
+    """Where nothing is learnt that is the verdict; where it learns all the same, a remark."""
+    sign = Sign("learning_rate_too_high", severity, 1.2, (0, 999), "at a rate of 0.2 it", "", "")
+    seen = history(lognormal(1000, middle=5.0), optimizer="Adam", too_fast=sign)
+    told = recommend_from(seen)
+    assert any("at a rate of 0.2 it" in reason for reason in told.reasons)
+    without = recommend_from(dataclasses.replace(seen, too_fast=None))
+    if severity == "critical":
+        assert (told.verdict, told.policy) == ("fix_training", ClipNorm(1.0))
+    else:
+        assert (told.verdict, told.policy) == (without.verdict, without.policy)
+        assert "fix_training" not in told.verdict
+    weak = dataclasses.replace(seen, too_fast=dataclasses.replace(sign, strength=0.9))
+    assert recommend_from(weak) == without
 
 
 def test_after_a_divergence_a_tight_constant_is_a_lower_learning_rate_by_sgd_alone():

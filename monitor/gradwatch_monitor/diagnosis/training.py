@@ -17,6 +17,7 @@ __all__ = [
     "norm_drift",
     "oscillating_loss",
     "spikes",
+    "usable",
 ]
 
 _PASCANU = "Pascanu, Mikolov, Bengio 2013, On the difficulty of training recurrent neural networks"
@@ -31,7 +32,7 @@ _NEARLY_ALL = 0.95  # of the steps
 _GROWTH = math.log(3.0)  # of the weights, within the window
 
 
-def _usable(loss: Array) -> Array:
+def usable(loss: Array) -> Array:
     """Finite losses, where they measure progress: none below 0, which some are in the end."""
     finite = loss[np.isfinite(loss)]
     return finite if len(finite) and finite.min() >= 0 < finite.max() else np.empty(0)
@@ -54,7 +55,7 @@ def spikes(loss: Array, start: float) -> np.ndarray[tuple[int], np.dtype[np.intp
 def loss_spikes(window: Window) -> Sign | None:
     """The loss leaps up again and again."""
     recent = window.last(500)
-    if not len(_usable(recent.loss)) or not len(window.first_losses):
+    if not len(usable(recent.loss)) or not len(window.first_losses):
         return None
     finite = np.isfinite(recent.loss)
     steps, loss = recent.step[finite], recent.loss[finite]
@@ -75,7 +76,7 @@ def loss_spikes(window: Window) -> Sign | None:
 
 def oscillating_loss(window: Window) -> Sign | None:
     """The loss goes up and down by turns, and by much."""
-    loss = _usable(window.last(200).loss)
+    loss = usable(window.last(200).loss)
     if len(loss) < 100:
         return None
     moves = np.diff(loss)
@@ -99,7 +100,7 @@ def oscillating_loss(window: Window) -> Sign | None:
 
 def no_convergence(window: Window) -> Sign | None:
     """The loss blew up at the start and ended no lower than it began."""
-    loss, first = _usable(window.loss), _usable(window.first_losses)
+    loss, first = usable(window.loss), usable(window.first_losses)
     norms = window.first_norms[: int(window.step[-1] + 1) // 5]  # as `recommend` looks at it
     norms = norms[np.isfinite(norms)]
     if len(loss) < 100 or len(first) < 20 or len(norms) < 20:
@@ -119,8 +120,8 @@ def no_convergence(window: Window) -> Sign | None:
 def exploding_gradients(window: Window) -> Sign | None:
     """The norms leap by factors within a hundred steps while the loss does not fall."""
     norms = window.pre_norm[np.isfinite(window.pre_norm) & (window.pre_norm > 0)]
-    first = _usable(window.first_losses)
-    loss = _usable(window.loss)
+    first = usable(window.first_losses)
+    loss = usable(window.loss)
     if len(norms) < 200:
         return None
     if len(loss) >= 100 and len(first):
@@ -146,7 +147,7 @@ def exploding_gradients(window: Window) -> Sign | None:
 
 def exploding_weights(window: Window) -> Sign | None:
     """The weights grow by factors while the loss grows too."""
-    layers, loss = window.layers, _usable(window.loss)
+    layers, loss = window.layers, usable(window.loss)
     if layers is None or len(loss) < 100:
         return None
     known = np.isfinite(layers.weight_norm).all(axis=1)

@@ -38,6 +38,7 @@ class Window:
     post_norm: Array
     threshold: Array
     loss_scale: Array
+    lr: Array  # of the first parameter group
     clipped: Flags
     nonfinite: Flags
     nonfinite_loss: Flags
@@ -96,8 +97,8 @@ class Window:
 
 
 _A_STEP = {
-    "step", "loss", "pre_norm", "post_norm", "threshold", "loss_scale", "clipped", "nonfinite",
-    "nonfinite_loss", "skipped",
+    "step", "loss", "pre_norm", "post_norm", "threshold", "loss_scale", "lr", "clipped",
+    "nonfinite", "nonfinite_loss", "skipped",
 }  # fmt: skip
 
 
