@@ -1,8 +1,8 @@
 """Does a recommendation hold on the next run? Real jobs, run again with what was recommended.
 
 For each job and seed: run with `ClipNorm(1.0)`; ask for a recommendation; run with another seed
-under what was recommended, and under the constant in any case; where that was a constant, ask again of
-this run, and run a third time. Measured over the last 80 % of the steps. Beside it what simple methods
+under what was recommended, and under the constant in any case; where that was a constant, one that
+saves a run too, ask again of this run, and run a third time. Measured over the last 80 % of the steps. Beside it what simple methods
 would have set.
 
     .venv/bin/python benchmarks/closed_loop.py
@@ -110,7 +110,8 @@ def chain(job, seed, seeds):
             job, seed, first, rec.verdict, rec.policy and str(rec.policy), rec.threshold,
             rec.predicted_clip_ratio, rec.interval, recommended, constant,
         )  # fmt: skip
-        if rec.verdict not in CONSTANTS_ARE:
+        saves = rec.verdict == "fix_training" and policy != START
+        if rec.verdict not in CONSTANTS_ARE and not saves:
             return made
         again = asked(store)
         held = again.policy or policy

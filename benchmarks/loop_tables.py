@@ -92,6 +92,7 @@ def _reached(of, others, jobs):
     saved = [
         (n, sum(not c.recommended.diverged for c in of[n])) for n in of if any(bare.get(n, []))
     ]
+    again = [not c.second.diverged for c in every if c.verdict == "fix_training" and c.second]
     windows = [o.windows for _, method, o in others if method == "TargetRatio"]
     right = [
         name for name, chains in of.items() if all(c.verdict == jobs[name].expected for c in chains)
@@ -106,7 +107,11 @@ def _reached(of, others, jobs):
         ),
         ("the constant that is told in any case", "", _share([c.constant.in_band for c in told])),
         ("constants, second round", "90 %", _share([c.second.in_band for c in second])),
-        ("it differs from the first by a factor of, at most", "", f"{math.exp(max(moves)):.2f}"),
+        (
+            "it differs from the first by a factor of, at most",
+            "",
+            f"{math.exp(max(moves, default=0.0)):.2f}",
+        ),
         ("80 % interval holds the ratio", "75–90 %", _share(within)),
         ("its median width", "", f"{np.median(widths):.0f} points"),
         ("TargetRatio, windows in the band", "95 %", f"{np.mean(windows):.1%}"),
@@ -117,6 +122,7 @@ def _reached(of, others, jobs):
             f"{len(better)} of {len(of)} ({'; '.join(better)})",
         ),
         ("diverge unclipped, finish as recommended", "all", _saved(saved, of)),
+        ("saved by a constant; asked again, and finish under that", "all", _share(again)),
         ("verdict as labelled, all seeds", f"{len(of)}", f"{len(right)} of {len(of)}"),
         (
             "verdict as labelled, seeds",

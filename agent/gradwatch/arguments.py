@@ -227,6 +227,7 @@ def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict
     params = [p for group in optimizer.param_groups for p in group["params"]]
     policies = [part.policy for part in hooks.parts]
     rates = [number(group.get("lr")) for group in optimizer.param_groups]
+    momenta = [number(group.get("momentum", 0.0)) for group in optimizer.param_groups]
     return {
         "optimizer": type(optimizer).__name__,
         "folds": hooks.folds,
@@ -236,6 +237,7 @@ def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict
         "fold": settings.fold,
         "groups": len(optimizer.param_groups),
         "learning_rates": [rate for rate in rates if math.isfinite(rate)],  # at the beginning
+        "momentum": max(filter(math.isfinite, momenta), default=0.0),
         "tensors": len(params),
         "parameters": sum(p.numel() for p in params),
         "device": str(params[0].device) if params else None,

@@ -171,7 +171,9 @@ class Evidence:
         return f"the level of the norms grows from {low:.3g} to {high:.3g} during the run"
 
     def divergence(self) -> str | None:
-        """The sentence that says that the loss blew up and ended no lower than it began."""
+        """The sentence that says that loss and weights, or norms, blew up and did not come back."""
+        if (weights := self.history.signs.get("exploding_weights")) is not None:
+            return weights.message
         loss = self.history.losses
         if loss is None or loss.last < loss.first or loss.top_of_start < 1.5 * loss.first:
             return None
@@ -184,10 +186,12 @@ class Evidence:
 
     def too_fast(self) -> tuple[str, bool] | None:
         """The sentence that says that the learning rate is too high, and whether it learns all the same."""
-        sign = self.history.too_fast
-        if sign is None or sign.strength < 1.0:
-            return None
-        return sign.message, sign.severity != "critical"
+        sign = self.history.signs.get("learning_rate_too_high")
+        return None if sign is None else (sign.message, sign.severity != "critical")
+
+    def stride(self, threshold: float) -> float:
+        """How far a step clipped there moves the weights, of their norm; NaN where it is not known."""
+        return math.nan if self.history.moves is None else self.history.moves * threshold
 
     def learns(self) -> bool:
         """Whether the loss fell to under a fifth of what it began at: leaps did it no harm."""

@@ -24,8 +24,8 @@ from gradwatch.summaries import (
     spikes,
     windowed,
 )
-from gradwatch_monitor.diagnose import window_of
-from gradwatch_monitor.diagnosis.layers import learning_rate_too_high
+from gradwatch_monitor.diagnose import signs, window_of
+from gradwatch_monitor.diagnosis.rates import relative_to_norm
 from gradwatch_monitor.timeline import Blocks
 
 if TYPE_CHECKING:
@@ -81,7 +81,8 @@ class History:
         False  # whether the agent saw that the loop clips by itself before step()
     )
     changed_at: int = 0  # the steps before another policy was applied, the last time that one was
-    too_fast: Sign | None = None  # what `learning_rate_too_high` says of it
+    signs: Mapping[str, Sign] = dataclasses.field(default_factory=dict)  # what is wrong at its end
+    moves: float | None = None  # what a gradient of norm 1 moves, in units of the weights' norm
     _stretches: dict[float, Stretch] = dataclasses.field(
         default_factory=dict, init=False, repr=False
     )
@@ -101,7 +102,8 @@ class History:
         norms, threshold, clipped, nonfinite, loss = (columns[name] for name in COLUMNS)
         return cls(
             norms, threshold, clipped, nonfinite, loss, blocks=blocks, first_loss=first, **told,
-            too_fast=None if window is None else learning_rate_too_high(window),
+            signs={} if window is None else {sign.finding: sign for sign in signs(window)},
+            moves=None if window is None else relative_to_norm(window),
         )  # fmt: skip
 
     # -- in whole ------------------------------------------------------------------------------

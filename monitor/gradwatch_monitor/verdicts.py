@@ -21,6 +21,8 @@ _KNOWN = 0.9  # of a run at the constant, that this one must tell about
 _SPIKE = 5.0  # times what is usual: a healthy run has none
 _MARGIN = 1.1  # by which a ratio may lie out of the band: the next seed moves it further
 _NO_CURE = "no threshold mends that"
+# A step, of the weights' norm: in the band jobs of the tuning set have 0.05 at most, or 0.18 and diverge.
+_STRIDE, _USUAL = 0.15, 0.03
 _CAP = 3.0  # a policy's cap, in units of the constant
 
 Judgement = tuple[Verdict, Policy[Any] | None, list[str]]
@@ -154,6 +156,7 @@ def _constant(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     low, high = band
     return (
         _keep(seen, band, low, high, "inside")
+        or _held_down(seen, band)
         or _change(seen, band)
         or _keep(seen, band, low / _MARGIN, high * _MARGIN, "at the edge of")
     )
@@ -180,6 +183,21 @@ def _keep(
     return "keep", None, [
         (f"{100 * ratio:.0f} % of the steps were clipped, {where} the band of "
         f"{_percent(band)}, and {evenly}")
+    ]  # fmt: skip
+
+
+def _held_down(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
+    """Clipping nearly all of SGD's steps is what makes its learning rate bearable."""
+    ratio, tau, held = seen.late_ratio, seen.tau, seen.held
+    if held is None or ratio is None or ratio <= band[1] or not seen.stride(tau) > _STRIDE:
+        return None
+    optimizer = seen.history.optimizer
+    return "fix_training", _kept(seen), [
+        (f"{100 * ratio:.0f} % of the steps are clipped at {held:g}, and that holds down a learning rate "
+        f"that is too high: at {tau:g}, as the band asks, a step of {optimizer} would move the weights by "
+        f"{_times(seen.stride(tau))} their norm"),
+        (f"keep {held:g}, or lower the learning rate {seen.stride(tau) / _USUAL:.0f}-fold and ask again of "
+        "that run"),
     ]  # fmt: skip
 
 
@@ -295,6 +313,10 @@ def _fold(seen: Evidence) -> str:
 
 def _deviates(moves: float) -> str:
     return f"from one eighth to the next by a standard deviation of {100 * moves:.0f} points"
+
+
+def _times(stride: float) -> str:
+    return f"{100 * stride:.0f} % of" if stride < 1.0 else f"{stride:.1f} times"
 
 
 def _percent(band: tuple[float, float]) -> str:

@@ -7,8 +7,12 @@ import re
 
 import numpy as np
 import pytest
+import torch
+from sklearn.datasets import load_digits
 from stores import lognormal, write_run
+from torch import nn
 
+import gradwatch
 from gradwatch import ClipNorm, ConfigurationError, ObserveOnly, TargetRatio
 from gradwatch_monitor import Store, recommend
 from gradwatch_monitor.diagnosis import Sign
@@ -344,17 +348,86 @@ def test_a_loss_that_blew_up_is_no_matter_of_thresholds():
 def test_a_learning_rate_too_high_comes_before_any_threshold(severity):
     """Where nothing is learnt that is the verdict; where it learns all the same, a remark."""
     sign = Sign("learning_rate_too_high", severity, 1.2, (0, 999), "at a rate of 0.2 it", "", "")
-    seen = history(lognormal(1000, middle=5.0), optimizer="Adam", too_fast=sign)
+    seen = history(lognormal(1000, middle=5.0), optimizer="Adam", signs={sign.finding: sign})
     told = recommend_from(seen)
     assert any("at a rate of 0.2 it" in reason for reason in told.reasons)
-    without = recommend_from(dataclasses.replace(seen, too_fast=None))
+    without = recommend_from(dataclasses.replace(seen, signs={}))
     if severity == "critical":
         assert (told.verdict, told.policy) == ("fix_training", ClipNorm(1.0))
     else:
         assert (told.verdict, told.policy) == (without.verdict, without.policy)
         assert "fix_training" not in told.verdict
-    weak = dataclasses.replace(seen, too_fast=dataclasses.replace(sign, strength=0.9))
-    assert recommend_from(weak) == without
+
+
+def test_weights_that_exploded_are_a_divergence():
+    """Whatever the norms at the start: `diagnose` calls it critical, so no policy is offered."""
+    sign = Sign("exploding_weights", "critical", 2.0, (0, 999), "the weights grew", "", "")
+    seen = history(lognormal(1000, middle=5.0), optimizer="SGD", signs={sign.finding: sign})
+    told = recommend_from(seen)
+    assert (told.verdict, told.policy) == ("fix_training", ClipNorm(0.1))
+    assert told.reasons[0] == "the training diverged: the weights grew"
+
+
+@pytest.mark.parametrize(("moves", "verdict"), [(0.02, "use_policy"), (0.04, "fix_training")])
+def test_clipping_that_holds_a_learning_rate_down_is_not_loosened(moves, verdict):
+    """By SGD: at 5, as the band asks, a step is 10 or 20 % of the weights."""
+    norms = lognormal(1000, middle=4.2, spread=0.2)
+    told = recommend_from(history(norms, optimizer="SGD", moves=moves))
+    assert told.threshold == pytest.approx(5.0, rel=0.1)
+    assert told.verdict == verdict
+    if verdict == "fix_training":
+        assert told.policy == ClipNorm(1.0)
+        stride = moves * told.threshold
+        assert f"move the weights by {100 * stride:.0f} % of their norm" in told.reasons[0]
+        assert f"lower the learning rate {stride / 0.03:.0f}-fold" in told.reasons[1]
+    by_adam = recommend_from(history(norms, optimizer="Adam", moves=None))
+    assert by_adam.verdict != "fix_training"
+    in_the_band = recommend_from(history(lognormal(1000, middle=0.7), optimizer="SGD", moves=1.0))
+    assert in_the_band.verdict == "keep"
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_what_saves_a_run_is_told_again_of_that_run(momentum):
+    """A rate far too high: a tight constant saves it, and the next answer does not take it back."""
+    digits = load_digits()
+    images, labels = (
+        torch.tensor(digits.data / 16, dtype=torch.float32),
+        torch.tensor(digits.target),
+    )
+
+    def run(clip, seed):
+        torch.manual_seed(seed)
+        model = nn.Sequential(
+            nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+        )
+        params = list(model.parameters())
+        optimizer = torch.optim.SGD(params, lr=3.0 if momentum else 5.0, momentum=momentum)
+        sizes = []
+        store = f"sqlite:///{seed}.db"
+        agent = gradwatch.Agent(optimizer, model=model, clip=clip, store=store, metrics_port=None)
+        for _ in range(500):
+            rows = torch.randint(0, len(images), (32,))
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
+            loss.backward()
+            agent.log(loss=loss)
+            optimizer.step()
+            sizes.append(float(sum(np.square(p.detach().double().numpy()).sum() for p in params)))
+        agent.close()
+        with Store(store) as opened:
+            return recommend(opened, 1), History.of(opened, 1), loss.item(), np.sqrt(sizes)
+
+    first, _, loss, _ = run(ClipNorm(1.0), 0)
+    assert first.verdict == "fix_training"
+    assert loss > 2.0
+    tight, seen, loss, weights = run(first.policy, 1)
+    assert loss < 0.5
+    rate = 30.0 if momentum else 5.0  # of a gradient that stays; a hundred steps apart, half-way
+    assert seen.moves == pytest.approx(rate / np.median(weights[99::100]), rel=0.15)
+    assert (tight.verdict, tight.policy) == ("fix_training", first.policy)
+    again, _, loss, _ = run(tight.policy, 2)
+    assert loss < 0.5
+    assert again.policy == first.policy
 
 
 def test_after_a_divergence_a_tight_constant_is_a_lower_learning_rate_by_sgd_alone():
