@@ -30,6 +30,7 @@ _PHASES = 20
 _BURST = 2.0  # log(q98 / median) within 100 steps, from which on the run explodes
 _DRIFT = 1.2  # growth of the windowed log(q80), from which on the run explodes
 _CONVERGED = 2.5  # log of the fall of the level, from which on the end says nothing of the start
+_STILL = 0.9  # of the first loss
 _LEAP = 4.0  # times the median of the start: norms there are of a start that blew up
 _TIGHT = 5.0  # times the threshold, reached by the norms of a start that clipping kept in hand
 
@@ -192,6 +193,13 @@ class Evidence:
     def stride(self, threshold: float) -> float:
         """How far a step clipped there moves the weights, of their norm; NaN where it is not known."""
         return math.nan if self.history.moves is None else self.history.moves * threshold
+
+    def standstill(self) -> str | None:
+        """The sentence that says that the loss is about where it began, None where it is not."""
+        loss = self.history.losses
+        if loss is None or not _STILL <= loss.last / loss.first <= 1 / _STILL:
+            return None
+        return f"the loss is about where it began ({loss.first:.3g} at first, {loss.last:.3g} at the end)"
 
     def learns(self) -> bool:
         """Whether the loss fell to under a fifth of what it began at: leaps did it no harm."""

@@ -32,6 +32,7 @@ def judge(seen: Evidence, band: tuple[float, float]) -> Judgement:
     """The first rule that has something to say."""
     return (
         _faults(seen)
+        or _held_down(seen, band)
         or _explosion(seen, band)
         or _no_need(seen, band)
         or _constant(seen, band)
@@ -98,6 +99,21 @@ def _after_divergence(seen: Evidence, divergence: str) -> tuple[Policy[Any] | No
     ]  # fmt: skip
 
 
+def _held_down(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
+    """Clipping nearly all of SGD's steps is what makes its learning rate bearable."""
+    ratio, tau, held = seen.late_ratio, seen.tau, seen.held
+    if held is None or ratio is None or ratio <= band[1] or not seen.stride(tau) > _STRIDE:
+        return None
+    optimizer = seen.history.optimizer
+    return "fix_training", _kept(seen), [
+        (f"{100 * ratio:.0f} % of the steps are clipped at {held:g}, and that holds down a learning rate "
+        f"that is too high: at {tau:g}, as the band asks, a step of {optimizer} would move the weights by "
+        f"{_times(seen.stride(tau))} their norm"),
+        (f"keep {held:g}, or lower the learning rate {seen.stride(tau) / _USUAL:.0f}-fold and ask again of "
+        "that run"),
+    ]  # fmt: skip
+
+
 def _explosion(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     """Norms that leap or grow while clipping holds them back."""
     ratio, low = seen.late_ratio, band[0]
@@ -143,6 +159,8 @@ def _no_need(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     state = (
         f"{faults} step{'s' if faults > 1 else ''} had a NaN or inf, which no threshold is for; the others are healthy"
         if faults
+        else "the norms are healthy"
+        if seen.standstill()
         else "the run is healthy as it is"
     )
     return "not_needed", None, [
@@ -156,7 +174,6 @@ def _constant(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     low, high = band
     return (
         _keep(seen, band, low, high, "inside")
-        or _held_down(seen, band)
         or _change(seen, band)
         or _keep(seen, band, low / _MARGIN, high * _MARGIN, "at the edge of")
     )
@@ -183,21 +200,6 @@ def _keep(
     return "keep", None, [
         (f"{100 * ratio:.0f} % of the steps were clipped, {where} the band of "
         f"{_percent(band)}, and {evenly}")
-    ]  # fmt: skip
-
-
-def _held_down(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
-    """Clipping nearly all of SGD's steps is what makes its learning rate bearable."""
-    ratio, tau, held = seen.late_ratio, seen.tau, seen.held
-    if held is None or ratio is None or ratio <= band[1] or not seen.stride(tau) > _STRIDE:
-        return None
-    optimizer = seen.history.optimizer
-    return "fix_training", _kept(seen), [
-        (f"{100 * ratio:.0f} % of the steps are clipped at {held:g}, and that holds down a learning rate "
-        f"that is too high: at {tau:g}, as the band asks, a step of {optimizer} would move the weights by "
-        f"{_times(seen.stride(tau))} their norm"),
-        (f"keep {held:g}, or lower the learning rate {seen.stride(tau) / _USUAL:.0f}-fold and ask again of "
-        "that run"),
     ]  # fmt: skip
 
 
@@ -294,6 +296,10 @@ def remarks(seen: Evidence, verdict: Verdict) -> list[str]:
         )
     if (too_fast := seen.too_fast()) and too_fast[1]:
         found.append(f"{too_fast[0]}: lower it first; {_NO_CURE}")
+    elif verdict != "fix_training" and (still := seen.standstill()):
+        found.append(
+            f"{still}: where it should fall, look at the learning rate before the threshold"
+        )
     if seen.current_threshold is None and seen.history.policy not in {"", "ObserveOnly"}:
         found.append(
             f"the band and this threshold are about the global norm; {seen.history.policy} clips "

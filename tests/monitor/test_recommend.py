@@ -359,6 +359,17 @@ def test_a_learning_rate_too_high_comes_before_any_threshold(severity):
         assert "fix_training" not in told.verdict
 
 
+@pytest.mark.parametrize(("last", "still"), [(1.9, True), (1.5, False), (2.5, False)])
+def test_a_loss_that_stands_still_is_not_called_healthy(last, still):
+    """Whatever the norms say: told beside the verdict, which it does not change."""
+    loss = np.linspace(2.0, last, 1000)
+    told = recommend_from(history(lognormal(1000, middle=0.1, spread=0.2), loss=loss))
+    assert told.verdict == "not_needed"
+    said = [reason for reason in told.reasons if "about where it began (2 at first" in reason]
+    assert bool(said) == still
+    assert any("the run is healthy as it is" in reason for reason in told.reasons) != still
+
+
 def test_weights_that_exploded_are_a_divergence():
     """Whatever the norms at the start: `diagnose` calls it critical, so no policy is offered."""
     sign = Sign("exploding_weights", "critical", 2.0, (0, 999), "the weights grew", "", "")

@@ -41,7 +41,7 @@ def learning_rate_too_high(window: Window) -> Sign | None:
         f"at a learning rate of {rate:g} {window.optimizer} moves each weight by up to "
         f"{100 * relative:.0f} % of the weights' size a step; some 0.1 % is usual",
         "Lower the learning rate by 10 to 100, and start anew: the weights have been carried off. "
-        "No clipping mends that, as the step's length does not hang on the gradient's.",
+        "No clipping mends that: how long these steps are does not depend on the gradient's norm.",
         "Kingma, Ba 2015, Adam, section 2.1 (its step is bounded by the rate); CS231n, Neural networks "
         "3: ratio of weights and updates",
         {"relative": relative, "learning_rate": rate},
