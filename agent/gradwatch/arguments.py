@@ -226,8 +226,7 @@ def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict
     """What `runs.settings` says of this run: enough to read its numbers by, no secrets."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     policies = [part.policy for part in hooks.parts]
-    rates = [number(group.get("lr")) for group in optimizer.param_groups]
-    momenta = [number(group.get("momentum", 0.0)) for group in optimizer.param_groups]
+    gains = [_gain(group) for group in optimizer.param_groups]
     return {
         "optimizer": type(optimizer).__name__,
         "folds": hooks.folds,
@@ -236,8 +235,8 @@ def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict
         "on_nonfinite": hooks.on_nonfinite,
         "fold": settings.fold,
         "groups": len(optimizer.param_groups),
-        "learning_rates": [rate for rate in rates if math.isfinite(rate)],  # at the beginning
-        "momentum": max(filter(math.isfinite, momenta), default=0.0),
+        "learning_rates": sorted(set(filter(math.isfinite, map(_rate, optimizer.param_groups)))),
+        "gain": None if math.inf in gains else max(gains),
         "tensors": len(params),
         "parameters": sum(p.numel() for p in params),
         "device": str(params[0].device) if params else None,
@@ -247,3 +246,17 @@ def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict
             "python": platform.python_version(),
         },
     }
+
+
+def _rate(group: Mapping[str, Any]) -> float:
+    """A group's learning rate, that of its schedule at the height of it; NaN where there is none."""
+    rates = [number(group.get(name)) for name in ("lr", "initial_lr", "max_lr")]
+    return max(filter(math.isfinite, rates), default=math.nan)
+
+
+def _gain(group: Mapping[str, Any]) -> float:
+    """What a gradient that stays the same adds up to in a step by momentum; inf without end."""
+    momentum, dampening = (number(group.get(name, 0.0)) for name in ("momentum", "dampening"))
+    if momentum == 0.0:
+        return 1.0
+    return (1.0 - dampening) / (1.0 - momentum) if 0.0 < momentum < 1.0 else math.inf

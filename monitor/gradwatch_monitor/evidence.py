@@ -191,8 +191,9 @@ class Evidence:
         return None if sign is None else (sign.message, sign.severity != "critical")
 
     def stride(self, threshold: float) -> float:
-        """How far a step clipped there moves the weights, of their norm; NaN where it is not known."""
-        return math.nan if self.history.moves is None else self.history.moves * threshold
+        """How far a gradient of that norm, if it stays, moves the weights; NaN where it is not known."""
+        moves = self.history.moves if self.history.norm_type == 2.0 else None
+        return math.nan if moves is None else moves * threshold
 
     def standstill(self) -> str | None:
         """The sentence that says that the loss is about where it began, None where it is not."""

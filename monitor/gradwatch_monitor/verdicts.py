@@ -79,7 +79,7 @@ def _faults(seen: Evidence) -> Judgement | None:
         return "fix_training", *_after_divergence(seen, f"the training diverged: {divergence}")
     if (too_fast := seen.too_fast()) and not too_fast[1]:
         return "fix_training", _kept(seen), [
-            f"nothing is learnt: {too_fast[0]}",
+            f"the loss has not fallen: {too_fast[0]}",
             f"lower the learning rate by 10 to 100; {_NO_CURE}",
         ]  # fmt: skip
     return None
@@ -91,6 +91,8 @@ def _after_divergence(seen: Evidence, divergence: str) -> tuple[Policy[Any] | No
     if not seen.steps_follow_the_gradient:
         return _kept(seen), [divergence, f"{advice}; {_NO_CURE}"]
     usual = min(seen.late.quantile(0.5), seen.held or math.inf)  # as it was applied
+    if not math.isfinite(usual):  # no norm is above 0 any more
+        return _kept(seen), [divergence, advice]
     tight = ClipNorm(float(f"{0.1 * usual:.2g}"), seen.history.norm_type)
     return tight, [
         divergence,
@@ -100,17 +102,18 @@ def _after_divergence(seen: Evidence, divergence: str) -> tuple[Policy[Any] | No
 
 
 def _held_down(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
-    """Clipping nearly all of SGD's steps is what makes its learning rate bearable."""
-    ratio, tau, held = seen.late_ratio, seen.tau, seen.held
-    if held is None or ratio is None or ratio <= band[1] or not seen.stride(tau) > _STRIDE:
+    """SGD clipped beyond the band, where that is what makes its learning rate bearable."""
+    ratio = seen.late.clip_ratio if seen.late_ratio is None else seen.late_ratio
+    stride = seen.stride(seen.tau)
+    if ratio <= band[1] or not stride > _STRIDE:
         return None
-    optimizer = seen.history.optimizer
+    at = f" at {seen.held:g}" if seen.held else ""
     return "fix_training", _kept(seen), [
-        (f"{100 * ratio:.0f} % of the steps are clipped at {held:g}, and that holds down a learning rate "
-        f"that is too high: at {tau:g}, as the band asks, a step of {optimizer} would move the weights by "
-        f"{_times(seen.stride(tau))} their norm"),
-        (f"keep {held:g}, or lower the learning rate {seen.stride(tau) / _USUAL:.0f}-fold and ask again of "
-        "that run"),
+        (f"{100 * ratio:.0f} % of the steps are clipped{at}, and that holds down a learning rate that is "
+        f"too high: at {seen.tau:g}, as the band asks, {seen.history.optimizer} would move the weights by "
+        f"up to {_times(stride)} their norm a step"),
+        (f"keep {f'{seen.held:g}' if seen.held else 'what is in force'}, or lower the learning rate "
+        f"{stride / _USUAL:.0f}-fold and ask again of that run"),
     ]  # fmt: skip
 
 
@@ -155,6 +158,7 @@ def _no_need(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     spike = seen.greatest_spike()
     if not rarely or spike > _SPIKE:
         return None
+    without = "no norm is wrong" if seen.standstill() else "nothing is wrong"
     faults = round(seen.whole.nonfinite_ratio * seen.whole.steps)
     state = (
         f"{faults} step{'s' if faults > 1 else ''} had a NaN or inf, which no threshold is for; the others are healthy"
@@ -165,7 +169,7 @@ def _no_need(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     )
     return "not_needed", None, [
         f"{said}, and no norm is above {spike:.1f} times what is usual: {state}",
-        (f"{seen.tau:g} would put it in the band of {_percent(band)}; nothing is wrong without it"),
+        (f"{seen.tau:g} would put it in the band of {_percent(band)}; {without} without it"),
     ]  # fmt: skip
 
 

@@ -100,6 +100,21 @@ def test_an_optimizer_without_a_learning_rate_is_recorded():
     assert paced_sink.runs[0].settings["learning_rates"] == []
 
 
+def test_the_rates_of_groups_are_those_at_the_height_of_a_schedule():
+    """Under a warm-up from 0 all begin alike; momentum counts as what it adds up to."""
+    weights = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
+    groups = [{"params": weights[:1], "lr": 0.02}, {"params": weights[1:], "lr": 0.001}]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, dampening=0.5)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 50)
+    agent, sink = watched(optimizer)
+    for weight in weights:
+        weight.grad = torch.ones(4)
+    optimizer.step()
+    assert agent.flush()
+    assert sink.runs[0].settings["learning_rates"] == [0.001, 0.02]
+    assert sink.runs[0].settings["gain"] == pytest.approx(5.0)
+
+
 def test_groups_added_later_get_the_last_policy(caplog):
     """Measured, clipped, and their NaN seen; said once."""
     first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))

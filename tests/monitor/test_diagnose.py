@@ -157,12 +157,13 @@ def test_rates_that_are_not_too_high():
     weights = np.ones((5, 4)) * 10.0  # 4 tensors of 100 elements: each weight is 1
     layers = layer_samples(weights, np.ones((5, 4)))
 
-    def said(rate, loss=None, **settings):
-        facts = {"optimizer": "AdamW", "groups": 1, "parameters": 400, **settings}
-        rates = np.broadcast_to(rate, 600)
-        seen = signs(
-            window(falling() if loss is None else loss, layers=layers, lr=rates, settings=facts)
-        )
+    def said(rate, loss=None, layers=layers, **settings):
+        facts = {
+            "optimizer": "AdamW", "learning_rates": [0.2], "tensors": 4, "parameters": 400, **settings,
+        }  # fmt: skip
+        lr = np.broadcast_to(rate, 600)
+        losses = falling() if loss is None else loss
+        seen = signs(window(losses, layers=layers, lr=lr, settings=facts))
         return {sign.finding: sign for sign in seen}.get("learning_rate_too_high")
 
     sign = said(0.2)
@@ -171,12 +172,25 @@ def test_rates_that_are_not_too_high():
     assert said(0.02) is None
     assert said(0.12) is None
     assert said(0.12, np.full(600, 2.0)).severity == "critical"  # where nothing is learnt
+    assert said(0.2, np.full(600, math.nan)).severity == "warning"  # of which nothing is known
     assert said(0.2, optimizer="SGD") is None
-    assert said(0.2, groups=2) is None
-    assert said(0.2, groups=2, learning_rates=[0.2, 0.01]) is None
-    assert said(0.2, groups=2, learning_rates=[0.2, 0.2]) is not None
-    # A schedule that has come down: the rate at the time of the samples counts.
+    assert said(0.2, learning_rates=[0.2, 0.01]) is None
+    assert said(0.2, tensors=3) is None  # a group was added
+    # Weights that are 0 and stay it for want of a gradient: not the rate's fault.
+    still = np.array([[0.0, 0.0, 0.0, 0.1]] * 5)
+    assert said(0.2, layers=layer_samples(still, still)) is None
+    # A schedule that has come down: the rate at the time of the samples counts, and is the one told.
     assert said(np.where(np.arange(600) < 90, 0.2, 0.001)) is None
+    at_its_end = said(np.where(np.arange(600) < 580, 0.2, 0.0))
+    assert at_its_end.data["learning_rate"] == pytest.approx(0.2)
+
+
+def test_a_first_loss_that_was_not_logged_is_no_explosion():
+    """The weights grow as they do in training from a small start; the loss falls."""
+    grown = layer_samples(np.geomspace(1, 10, 12)[:, None] * np.ones(3), np.ones((12, 3)))
+    loss = falling()
+    loss[0] = math.nan
+    assert told(loss, layers=grown) == set()
 
 
 def test_clipping_before_unscaling():

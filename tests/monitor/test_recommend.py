@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import uuid
 
 import numpy as np
 import pytest
@@ -377,6 +378,9 @@ def test_weights_that_exploded_are_a_divergence():
     told = recommend_from(seen)
     assert (told.verdict, told.policy) == ("fix_training", ClipNorm(0.1))
     assert told.reasons[0] == "the training diverged: the weights grew"
+    dead = np.where(np.arange(1000) < 150, 5.0, 0.0)  # what exploded has died
+    told = recommend_from(history(dead, optimizer="SGD", signs={sign.finding: sign}))
+    assert (told.verdict, told.policy) == ("fix_training", ClipNorm(1.0))
 
 
 @pytest.mark.parametrize(("moves", "verdict"), [(0.02, "use_policy"), (0.04, "fix_training")])
@@ -389,12 +393,81 @@ def test_clipping_that_holds_a_learning_rate_down_is_not_loosened(moves, verdict
     if verdict == "fix_training":
         assert told.policy == ClipNorm(1.0)
         stride = moves * told.threshold
-        assert f"move the weights by {100 * stride:.0f} % of their norm" in told.reasons[0]
+        assert f"move the weights by up to {100 * stride:.0f} % of their norm" in told.reasons[0]
         assert f"lower the learning rate {stride / 0.03:.0f}-fold" in told.reasons[1]
+    by_another_norm = history(norms, optimizer="SGD", moves=moves, norm_type=1.0)
+    assert recommend_from(by_another_norm).verdict != "fix_training"
     by_adam = recommend_from(history(norms, optimizer="Adam", moves=None))
     assert by_adam.verdict != "fix_training"
     in_the_band = recommend_from(history(lognormal(1000, middle=0.7), optimizer="SGD", moves=1.0))
     assert in_the_band.verdict == "keep"
+
+
+@pytest.mark.parametrize(
+    ("policies", "schedule"),
+    [(1, True), (2, False)],
+    ids=["a rate that comes down", "two policies"],
+)
+def test_a_rate_that_is_held_down_is_told_of(policies, schedule):
+    """The next run begins at the height of the schedule; several policies hold it down as one does."""
+    told, seen = saved(0.05, lr=5.0, policies=policies, schedule=schedule)
+    assert (told.verdict, seen.moves > 0.1) == ("fix_training", True)
+    assert "holds down a learning rate that is too high" in told.reasons[0]
+    assert told.policy == (ClipNorm(0.05) if policies == 1 else None)
+
+
+@pytest.mark.parametrize(
+    ("momentum", "dampening", "factor"), [(0.9, 0.9, 1.0), (0.5, 0.0, 2.0), (1.0, 0.0, None)]
+)
+def test_what_momentum_makes_of_a_step(momentum, dampening, factor):
+    """(1 - dampening) / (1 - momentum) of it, by torch's own step; without end, nothing is said."""
+    weight = nn.Parameter(torch.zeros(1))
+    plain = torch.optim.SGD([weight], lr=0.001, momentum=momentum, dampening=dampening)
+    for _ in range(200):
+        weight.grad = torch.ones(1)
+        before = weight.item()
+        plain.step()
+    _, seen = saved(1.0, lr=0.001, momentum=momentum, dampening=dampening, steps=250)
+    _, once = saved(1.0, lr=0.001, steps=250)
+    if factor is None:
+        assert seen.moves is None
+    else:
+        assert (before - weight.item()) / 0.001 == pytest.approx(factor, rel=1e-3)
+        assert seen.moves / once.moves == pytest.approx(factor, rel=0.05)
+
+
+def saved(limit, *, lr, policies=1, schedule=False, steps=1000, **options):
+    """What is recommended of a small classifier's run, and its history."""
+    digits = load_digits()
+    images, labels = (
+        torch.tensor(digits.data / 16, dtype=torch.float32),
+        torch.tensor(digits.target),
+    )
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    params = list(model.parameters())
+    groups = (
+        [{"params": params}] if policies == 1 else [{"params": params[:2]}, {"params": params[2:]}]
+    )
+    optimizer = torch.optim.SGD(groups, lr=lr, **options)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    store = f"sqlite:///{uuid.uuid4()}.db"
+    clip = ClipNorm(limit) if policies == 1 else [ClipNorm(limit)] * policies
+    agent = gradwatch.Agent(optimizer, model=model, clip=clip, store=store, metrics_port=None)
+    for _ in range(steps):
+        rows = torch.randint(0, len(images), (32,))
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
+        loss.backward()
+        agent.log(loss=loss)
+        optimizer.step()
+        if schedule:
+            scheduler.step()
+    agent.close()
+    with Store(store) as opened:
+        return recommend(opened, 1), History.of(opened, 1)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

@@ -71,10 +71,10 @@ def threshold_never_reached(window: Window) -> Sign | None:
         or not len(loss)
         or not np.isfinite(recent.pre_norm).any()
         or loss.min() < 0
-        or not len(window.first_losses)
+        or math.isnan(window.first_loss)
     ):
         return None
-    at = spikes(loss, float(window.first_losses[0]))
+    at = spikes(loss, window.first_loss)
     if not len(at):
         return None
     top = float(np.nanmax(recent.pre_norm))

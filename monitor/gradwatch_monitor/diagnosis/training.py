@@ -55,11 +55,11 @@ def spikes(loss: Array, start: float) -> np.ndarray[tuple[int], np.dtype[np.intp
 def loss_spikes(window: Window) -> Sign | None:
     """The loss leaps up again and again."""
     recent = window.last(500)
-    if not len(usable(recent.loss)) or not len(window.first_losses):
+    if not len(usable(recent.loss)) or math.isnan(window.first_loss):
         return None
     finite = np.isfinite(recent.loss)
     steps, loss = recent.step[finite], recent.loss[finite]
-    at = spikes(loss, float(window.first_losses[0]))
+    at = spikes(loss, window.first_loss)
     if not len(at):
         return None
     before = np.array([np.median(loss[i - 50 : i]) for i in at])
@@ -158,7 +158,7 @@ def exploding_weights(window: Window) -> Sign | None:
     now = float(np.median(loss[-50:]))
     lowest = min(float(np.median(part)) for part in np.array_split(loss, len(loss) // 50))
     # Where the run's beginning is not on record, its lowest loss stands for it.
-    first = float(window.first_losses[0]) if len(window.first_losses) else lowest
+    first = lowest if math.isnan(window.first_loss) else window.first_loss
     if now < 1.5 * min(first, lowest) or now < _AGAIN * first or growth <= 0:
         return None
     steps = layers.step[known]

@@ -79,6 +79,12 @@ class Window:
         return float(known[-1]) if len(known) else math.nan
 
     @property
+    def first_loss(self) -> float:
+        """The first loss that was logged and is finite; NaN where none is."""
+        known = self.first_losses[np.isfinite(self.first_losses)]
+        return float(known[0]) if len(known) else math.nan
+
+    @property
     def held(self) -> Window:
         """The steps since the threshold was last changed; all, where it moves by itself."""
         known = np.isfinite(self.threshold)
