@@ -1,9 +1,10 @@
 """The step of torch's own fused optimizers on the CPU: their kernel, without what surrounds it.
 
 For a small model most of `AdamW(fused=True).step()` is Python: a profiler's mark, grouping the
-tensors, a tensor made for each counter of steps. The same kernel called with the same tensors and numbers leaves
-the same weights and the same state, bit for bit. Whatever is out of the ordinary is left to torch,
-and everything is where torch's own step turns out to do something else (`_does_the_same`).
+tensors, a tensor made for each counter of steps. The same kernel called with the same tensors and
+numbers leaves the same weights and the same state, bit for bit. Whatever is out of the ordinary is
+left to torch, and everything is where torch's own step turns out to do something else
+(`_does_the_same`).
 """
 
 from __future__ import annotations

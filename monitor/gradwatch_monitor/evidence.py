@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.habits import ClippedTwice
+from gradwatch_monitor.diagnosis.rates import STILL
 from gradwatch_monitor.rerun import AS_LONG_AS_THE_GRADIENT, rerun_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ _PHASES = 20
 _BURST = 2.0  # log(q98 / median) within 100 steps, from which on the run explodes
 _DRIFT = 1.2  # growth of the windowed log(q80), from which on the run explodes
 _CONVERGED = 2.5  # log of the fall of the level, from which on the end says nothing of the start
-_STILL = 0.9  # of the first loss
 _LEAP = 4.0  # times the median of the start: norms there are of a start that blew up
 _TIGHT = 5.0  # times the threshold, reached by the norms of a start that clipping kept in hand
 
@@ -185,6 +185,10 @@ class Evidence:
             f"at {loss.last:.3g}"
         )
 
+    def critical(self) -> list[str]:
+        """What `diagnose` says of its end that no threshold should be looked at before."""
+        return [s.message for s in self.history.signs.values() if s.severity == "critical"]
+
     def too_fast(self) -> tuple[str, bool] | None:
         """The sentence that says that the learning rate is too high, and whether it learns all the same."""
         sign = self.history.signs.get("learning_rate_too_high")
@@ -198,7 +202,7 @@ class Evidence:
     def standstill(self) -> str | None:
         """The sentence that says that the loss is about where it began, None where it is not."""
         loss = self.history.losses
-        if loss is None or not _STILL <= loss.last / loss.first <= 1 / _STILL:
+        if loss is None or not STILL <= loss.last / loss.first <= 1 / STILL:
             return None
         return f"the loss is about where it began ({loss.first:.3g} at first, {loss.last:.3g} at the end)"
 

@@ -300,7 +300,9 @@ def remarks(seen: Evidence, verdict: Verdict) -> list[str]:
         )
     if (too_fast := seen.too_fast()) and too_fast[1]:
         found.append(f"{too_fast[0]}: lower it first; {_NO_CURE}")
-    elif verdict != "fix_training" and (still := seen.standstill()):
+    if verdict != "fix_training":
+        found.extend(f"to be mended first: {message}" for message in seen.critical())
+    if verdict != "fix_training" and not too_fast and (still := seen.standstill()):
         found.append(
             f"{still}: where it should fall, look at the learning rate before the threshold"
         )

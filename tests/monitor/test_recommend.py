@@ -360,6 +360,16 @@ def test_a_learning_rate_too_high_comes_before_any_threshold(severity):
         assert "fix_training" not in told.verdict
 
 
+def test_what_is_critical_is_said_before_a_threshold_is_kept():
+    """`diagnose` and `recommend` are read side by side: they may not contradict each other."""
+    norms = lognormal(1000, middle=0.7)
+    for severity in ("critical", "warning"):
+        sign = Sign("exploding_gradients", severity, 1.2, (0, 999), "norms leap", "", "")
+        told = recommend_from(history(norms, signs={sign.finding: sign}))
+        assert told.verdict == "keep"
+        assert ("to be mended first: norms leap" in told.reasons) == (severity == "critical")
+
+
 @pytest.mark.parametrize(("last", "still"), [(1.9, True), (1.5, False), (2.5, False)])
 def test_a_loss_that_stands_still_is_not_called_healthy(last, still):
     """Whatever the norms say: told beside the verdict, which it does not change."""

@@ -10,15 +10,15 @@ from gradwatch_monitor.diagnosis.training import usable
 from gradwatch_monitor.diagnosis.window import Array, Rule, Sign, Window
 from gradwatch_monitor.rerun import AS_LONG_AS_THE_GRADIENT
 
-__all__ = ["RULES", "learning_rate_too_high", "relative_to_norm"]
+__all__ = ["RULES", "STILL", "learning_rate_too_high", "relative_to_norm"]
 
 _AS_LONG_AS_THE_RATE = {"Adam", "AdamW", "NAdam", "RAdam", "Adamax"}  # for every weight
 _SAMPLES, _LATEST = 3, 5  # of the weights: so many at least, the median of so many
 _LAYERS = 4  # tensors; with fewer it is no network, but an image that is optimized
 # Of the weights' size a step. Jobs that train well have 0.01 to 0.1 there once they are under way, those
-# whose rate does harm 0.15 and more; and no job that learns nothing has 0.1 for another reason.
+# whose rate does harm 0.15 and more; where the loss has not fallen either, 0.1 is enough to say it.
 _TOO_HIGH, _IN_VAIN = 0.15, 0.1
-_STILL = 0.95  # of the first loss
+STILL = 0.95  # of the first loss
 
 
 def learning_rate_too_high(window: Window) -> Sign | None:
@@ -35,7 +35,7 @@ def learning_rate_too_high(window: Window) -> Sign | None:
     if not relative:
         return None
     rate, loss = float(np.median(rates)), usable(window.loss)
-    learns = not len(loss) or not np.median(loss[-100:]) >= _STILL * window.first_loss
+    learns = not len(loss) or not np.median(loss[-100:]) >= STILL * window.first_loss
     return Sign(
         "learning_rate_too_high", "warning" if learns else "critical",
         relative / (_TOO_HIGH if learns else _IN_VAIN), window.span(),
@@ -82,7 +82,7 @@ def _weights(window: Window) -> tuple[Array, Array] | None:
 
 
 def _stays_zero(window: Window) -> bool:
-    """Whether weights are all 0 and have no gradient: of their size nothing can be said."""
+    """Whether a tensor is all 0 and has no gradient: no rate moves it, and the weights' size tells nothing."""
     layers = window.layers
     return layers is not None and bool(((layers.weight_norm == 0) & (layers.grad_norm == 0)).any())
 
