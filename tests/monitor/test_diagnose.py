@@ -12,12 +12,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.amp import GradScaler
+from windows import falling, layer_samples, window
 
 import gradwatch
-from gradwatch_monitor import Store, diagnose, recommend
+from gradwatch_monitor import Store, diagnose
 from gradwatch_monitor.diagnose import OF_THE_AGENT, signs, window_of
 from gradwatch_monitor.diagnosis import Window
-from gradwatch_monitor.diagnosis.window import LayerSamples
 
 STEPS = 300
 SEEDS = [0]  # `benchmarks/diagnosis.py` has three, and more loops
@@ -30,21 +30,14 @@ def perceptron(depth=2, activation=nn.ReLU, width=32):
     return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
-def by_sgd(params, lr):
-    return torch.optim.SGD(params, lr=lr, momentum=0.9)
-
-
-def train(
-    seed, model=None, lr=0.1, clip=None, *, scaler=None, each=lambda model, step, loss: loss,
-    optimizer=by_sgd,
-):  # fmt: skip
+def train(seed, model=None, lr=0.1, clip=None, *, scaler=None, each=lambda model, step, loss: loss):
     """A perceptron on the digits, watched; `each` may spoil a step's loss."""
     torch.manual_seed(seed)
     digits = load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32) / 16
     y = torch.tensor(digits.target)
     model = model or perceptron()
-    optimizer = optimizer(model.parameters(), lr)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     agent = gradwatch.Agent(
         optimizer,
         model=model,
@@ -124,67 +117,6 @@ def test_gradients_that_vanish_on_their_way_back(seed):
     assert found()["vanishing_gradients"].data["parameter"].split(".")[0] in {"1", "3"}
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
-def test_adam_at_a_rate_that_carries_the_weights_off(activation, seed):
-    """By the weights as numpy has them; units that saturate for it are no fault of the network."""
-    model = perceptron(depth=4, activation=activation, width=64)
-    sizes = []
-
-    def look(model, step, loss):
-        if step in {100, 200}:
-            flat = nn.utils.parameters_to_vector(model.parameters()).detach().double().numpy()
-            sizes.append(np.sqrt((flat**2).mean()))
-        return loss
-
-    train(seed, model, lr=0.3, optimizer=torch.optim.Adam, each=look)
-    with Store("gradwatch.db") as store:
-        layers = window_of(store, 1).layers
-        told = recommend(store, 1)
-    sampled = np.isfinite(layers.weight_norm).all(axis=1)
-    assert layers.step[sampled].tolist()[:3] == [0, 100, 200]
-    said = found()
-    assert "vanishing_gradients" not in said
-    assert said["learning_rate_too_high"].severity == "critical"
-    assert said["learning_rate_too_high"].data["learning_rate"] == 0.3
-    relative = said["learning_rate_too_high"].data["relative"]
-    assert 0.3 / max(sizes) * 0.9 < relative < 0.3 / min(sizes) * 1.1
-    assert told.verdict == "fix_training"
-
-
-def test_rates_that_are_not_too_high():
-    """A tenth of it; an optimizer whose steps follow the gradient; groups at rates of their own."""
-    weights = np.ones((5, 4)) * 10.0  # 4 tensors of 100 elements: each weight is 1
-    layers = layer_samples(weights, np.ones((5, 4)))
-
-    def said(rate, loss=None, layers=layers, **settings):
-        facts = {
-            "optimizer": "AdamW", "learning_rates": [0.2], "tensors": 4, "parameters": 400, **settings,
-        }  # fmt: skip
-        lr = np.broadcast_to(rate, 600)
-        losses = falling() if loss is None else loss
-        seen = signs(window(losses, layers=layers, lr=lr, settings=facts))
-        return {sign.finding: sign for sign in seen}.get("learning_rate_too_high")
-
-    sign = said(0.2)
-    assert (sign.severity, sign.data["relative"]) == ("warning", pytest.approx(0.2))
-    assert "20 % of the weights' size" in sign.message
-    assert said(0.02) is None
-    assert said(0.12) is None
-    assert said(0.12, np.full(600, 2.0)).severity == "critical"  # where nothing is learnt
-    assert said(0.2, np.full(600, math.nan)).severity == "warning"  # of which nothing is known
-    assert said(0.2, optimizer="SGD") is None
-    assert said(0.2, learning_rates=[0.2, 0.01]) is None
-    assert said(0.2, tensors=3) is None  # a group was added
-    # Weights that are 0 and stay it for want of a gradient: not the rate's fault.
-    still = np.array([[0.0, 0.0, 0.0, 0.1]] * 5)
-    assert said(0.2, layers=layer_samples(still, still)) is None
-    # A schedule that has come down: the rate at the time of the samples counts, and is the one told.
-    assert said(np.where(np.arange(600) < 90, 0.2, 0.001)) is None
-    at_its_end = said(np.where(np.arange(600) < 580, 0.2, 0.0))
-    assert at_its_end.data["learning_rate"] == pytest.approx(0.2)
-
-
 def test_a_first_loss_that_was_not_logged_is_no_explosion():
     """The weights grow as they do in training from a small start; the loss falls."""
     grown = layer_samples(np.geomspace(1, 10, 12)[:, None] * np.ones(3), np.ones((12, 3)))
@@ -224,22 +156,6 @@ def test_a_healthy_loop_is_left_alone(seed, lr):
         assert signs(dataclasses.replace(window, layers=layers, **cut)) == []
 
 
-def window(loss, norms=None, **facts):
-    """A window made of losses alone."""
-    count = len(loss)
-    no = np.zeros(count, dtype=bool)
-    nan = np.full(count, math.nan)
-    values = {
-        "step": np.arange(float(count)), "loss": loss, "pre_norm": np.ones(count),
-        "post_norm": np.ones(count), "threshold": nan, "loss_scale": nan, "lr": nan,
-        "clipped": no,         "nonfinite": no, "nonfinite_loss": no, "skipped": no, "first_losses": loss[:200],
-        "first_norms": np.ones(min(count, 200)), **facts,
-    }  # fmt: skip
-    if norms is not None:
-        values |= {"pre_norm": norms, "first_norms": norms[:200]}
-    return Window(**values)
-
-
 def test_a_loss_that_leaps_and_one_that_flickers():
     """Leaps to half of the start count, those of a converged run do not."""
     noise = 1 + 0.05 * np.random.default_rng(0).normal(size=600)
@@ -263,20 +179,6 @@ def test_a_loss_that_swings_and_one_that_is_noisy():
 
 def told(*arguments, **facts):
     return {sign.finding for sign in signs(window(*arguments, **facts))}
-
-
-def falling(count=600):
-    """A loss that falls, with a little noise."""
-    return np.geomspace(2.0, 0.1, count) * np.exp(
-        0.02 * np.random.default_rng(0).normal(size=count)
-    )
-
-
-def layer_samples(weights, grads, names=None):
-    """A sample every 50 steps: a row of norms for each."""
-    weights, grads = np.array(weights, float), np.array(grads, float)
-    names = names or [f"{i}.weight" for i in range(weights.shape[1])]
-    return LayerSamples(np.arange(len(weights)) * 50.0, names, grads, weights)
 
 
 def test_norms_that_leap_while_the_loss_stands_still():

@@ -4,29 +4,18 @@ import dataclasses
 import json
 import math
 import re
-import uuid
 
 import numpy as np
 import pytest
-import torch
-from sklearn.datasets import load_digits
 from stores import lognormal, write_run
-from torch import nn
+from windows import history
 
-import gradwatch
 from gradwatch import ClipNorm, ConfigurationError, ObserveOnly, TargetRatio
 from gradwatch_monitor import Store, recommend
 from gradwatch_monitor.diagnosis import Sign
 from gradwatch_monitor.evidence import AT_LEAST
 from gradwatch_monitor.history import History
 from gradwatch_monitor.recommend import recommend_from
-
-
-def history(norms, threshold=1.0, **facts):
-    norms = np.asarray(norms, dtype=float)
-    thresholds = np.full(len(norms), math.nan if threshold is None else threshold)
-    clipped = norms > thresholds
-    return History(norms, thresholds, clipped, ~np.isfinite(norms), **facts)
 
 
 def test_the_numbers_are_those_of_numpy():
@@ -345,21 +334,6 @@ def test_a_loss_that_blew_up_is_no_matter_of_thresholds():
     assert not any("loss" in reason for reason in both_signs.reasons)
 
 
-@pytest.mark.parametrize("severity", ["critical", "warning"])
-def test_a_learning_rate_too_high_comes_before_any_threshold(severity):
-    """Where nothing is learnt that is the verdict; where it learns all the same, a remark."""
-    sign = Sign("learning_rate_too_high", severity, 1.2, (0, 999), "at a rate of 0.2 it", "", "")
-    seen = history(lognormal(1000, middle=5.0), optimizer="Adam", signs={sign.finding: sign})
-    told = recommend_from(seen)
-    assert any("at a rate of 0.2 it" in reason for reason in told.reasons)
-    without = recommend_from(dataclasses.replace(seen, signs={}))
-    if severity == "critical":
-        assert (told.verdict, told.policy) == ("fix_training", ClipNorm(1.0))
-    else:
-        assert (told.verdict, told.policy) == (without.verdict, without.policy)
-        assert "fix_training" not in told.verdict
-
-
 def test_what_is_critical_is_said_before_a_threshold_is_kept():
     """`diagnose` and `recommend` are read side by side: they may not contradict each other."""
     norms = lognormal(1000, middle=0.7)
@@ -391,137 +365,6 @@ def test_weights_that_exploded_are_a_divergence():
     dead = np.where(np.arange(1000) < 150, 5.0, 0.0)  # what exploded has died
     told = recommend_from(history(dead, optimizer="SGD", signs={sign.finding: sign}))
     assert (told.verdict, told.policy) == ("fix_training", ClipNorm(1.0))
-
-
-@pytest.mark.parametrize(("moves", "verdict"), [(0.02, "use_policy"), (0.04, "fix_training")])
-def test_clipping_that_holds_a_learning_rate_down_is_not_loosened(moves, verdict):
-    """By SGD: at 5, as the band asks, a step is 10 or 20 % of the weights."""
-    norms = lognormal(1000, middle=4.2, spread=0.2)
-    told = recommend_from(history(norms, optimizer="SGD", moves=moves))
-    assert told.threshold == pytest.approx(5.0, rel=0.1)
-    assert told.verdict == verdict
-    if verdict == "fix_training":
-        assert told.policy == ClipNorm(1.0)
-        stride = moves * told.threshold
-        assert f"move the weights by up to {100 * stride:.0f} % of their norm" in told.reasons[0]
-        assert f"lower the learning rate {stride / 0.03:.0f}-fold" in told.reasons[1]
-    by_another_norm = history(norms, optimizer="SGD", moves=moves, norm_type=1.0)
-    assert recommend_from(by_another_norm).verdict != "fix_training"
-    by_adam = recommend_from(history(norms, optimizer="Adam", moves=None))
-    assert by_adam.verdict != "fix_training"
-    in_the_band = recommend_from(history(lognormal(1000, middle=0.7), optimizer="SGD", moves=1.0))
-    assert in_the_band.verdict == "keep"
-
-
-@pytest.mark.parametrize(
-    ("policies", "schedule"),
-    [(1, True), (2, False)],
-    ids=["a rate that comes down", "two policies"],
-)
-def test_a_rate_that_is_held_down_is_told_of(policies, schedule):
-    """The next run begins at the height of the schedule; several policies hold it down as one does."""
-    told, seen = saved(0.05, lr=5.0, policies=policies, schedule=schedule)
-    assert (told.verdict, seen.moves > 0.1) == ("fix_training", True)
-    assert "holds down a learning rate that is too high" in told.reasons[0]
-    assert told.policy == (ClipNorm(0.05) if policies == 1 else None)
-
-
-@pytest.mark.parametrize(
-    ("momentum", "dampening", "factor"), [(0.9, 0.9, 1.0), (0.5, 0.0, 2.0), (1.0, 0.0, None)]
-)
-def test_what_momentum_makes_of_a_step(momentum, dampening, factor):
-    """(1 - dampening) / (1 - momentum) of it, by torch's own step; without end, nothing is said."""
-    weight = nn.Parameter(torch.zeros(1))
-    plain = torch.optim.SGD([weight], lr=0.001, momentum=momentum, dampening=dampening)
-    for _ in range(200):
-        weight.grad = torch.ones(1)
-        before = weight.item()
-        plain.step()
-    _, seen = saved(1.0, lr=0.001, momentum=momentum, dampening=dampening, steps=250)
-    _, once = saved(1.0, lr=0.001, steps=250)
-    if factor is None:
-        assert seen.moves is None
-    else:
-        assert (before - weight.item()) / 0.001 == pytest.approx(factor, rel=1e-3)
-        assert seen.moves / once.moves == pytest.approx(factor, rel=0.05)
-
-
-def saved(limit, *, lr, policies=1, schedule=False, steps=1000, **options):
-    """What is recommended of a small classifier's run, and its history."""
-    digits = load_digits()
-    images, labels = (
-        torch.tensor(digits.data / 16, dtype=torch.float32),
-        torch.tensor(digits.target),
-    )
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
-    params = list(model.parameters())
-    groups = (
-        [{"params": params}] if policies == 1 else [{"params": params[:2]}, {"params": params[2:]}]
-    )
-    optimizer = torch.optim.SGD(groups, lr=lr, **options)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    store = f"sqlite:///{uuid.uuid4()}.db"
-    clip = ClipNorm(limit) if policies == 1 else [ClipNorm(limit)] * policies
-    agent = gradwatch.Agent(optimizer, model=model, clip=clip, store=store, metrics_port=None)
-    for _ in range(steps):
-        rows = torch.randint(0, len(images), (32,))
-        optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
-        loss.backward()
-        agent.log(loss=loss)
-        optimizer.step()
-        if schedule:
-            scheduler.step()
-    agent.close()
-    with Store(store) as opened:
-        return recommend(opened, 1), History.of(opened, 1)
-
-
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-def test_what_saves_a_run_is_told_again_of_that_run(momentum):
-    """A rate far too high: a tight constant saves it, and the next answer does not take it back."""
-    digits = load_digits()
-    images, labels = (
-        torch.tensor(digits.data / 16, dtype=torch.float32),
-        torch.tensor(digits.target),
-    )
-
-    def run(clip, seed):
-        torch.manual_seed(seed)
-        model = nn.Sequential(
-            nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
-        )
-        params = list(model.parameters())
-        optimizer = torch.optim.SGD(params, lr=3.0 if momentum else 5.0, momentum=momentum)
-        sizes = []
-        store = f"sqlite:///{seed}.db"
-        agent = gradwatch.Agent(optimizer, model=model, clip=clip, store=store, metrics_port=None)
-        for _ in range(500):
-            rows = torch.randint(0, len(images), (32,))
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(images[rows]), labels[rows])
-            loss.backward()
-            agent.log(loss=loss)
-            optimizer.step()
-            sizes.append(float(sum(np.square(p.detach().double().numpy()).sum() for p in params)))
-        agent.close()
-        with Store(store) as opened:
-            return recommend(opened, 1), History.of(opened, 1), loss.item(), np.sqrt(sizes)
-
-    first, _, loss, _ = run(ClipNorm(1.0), 0)
-    assert first.verdict == "fix_training"
-    assert loss > 2.0
-    tight, seen, loss, weights = run(first.policy, 1)
-    assert loss < 0.5
-    rate = 30.0 if momentum else 5.0  # of a gradient that stays; a hundred steps apart, half-way
-    assert seen.moves == pytest.approx(rate / np.median(weights[99::100]), rel=0.15)
-    assert (tight.verdict, tight.policy) == ("fix_training", first.policy)
-    again, _, loss, _ = run(tight.policy, 2)
-    assert loss < 0.5
-    assert again.policy == first.policy
 
 
 def test_after_a_divergence_a_tight_constant_is_a_lower_learning_rate_by_sgd_alone():
