@@ -83,7 +83,8 @@ class History:
     changed_at: int = 0  # the steps before another policy was applied, the last time that one was
     signs: Mapping[str, Sign] = dataclasses.field(default_factory=dict)  # what is wrong at its end
     moves: float | None = None  # what a gradient of norm 1 moves, in units of the weights' norm
-    _stretches: dict[float, Stretch] = dataclasses.field(
+    # By where they are, so that what one has worked out serves again.
+    _stretches: dict[tuple[tuple[int, int], tuple[int, int]], Stretch] = dataclasses.field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -110,10 +111,12 @@ class History:
 
     def since(self, share: float) -> Stretch:
         """The run without that share of its beginning."""
-        if share not in self._stretches:
-            whole = Stretch(self, (0, len(self.blocks.column("steps"))), (0, len(self.pre_norm)))
-            self._stretches[share] = whole.cut(int(whole.steps * share), whole.steps)
-        return self._stretches[share]
+        whole = self.stretch((0, len(self.blocks.column("steps"))), (0, len(self.pre_norm)))
+        return whole.cut(int(whole.steps * share), whole.steps)
+
+    def stretch(self, over: tuple[int, int], exact: tuple[int, int]) -> Stretch:
+        """Its blocks [from, to), and the steps [from, to) of those that are exact."""
+        return self._stretches.setdefault((over, exact), Stretch(self, over, exact))
 
     @property
     def steps(self) -> int:
@@ -218,10 +221,8 @@ class Stretch:
         at = [int(np.abs(ends - border).argmin()) for border in (start, stop)]
         first, last = self.exact[0], self.exact[1]
         exact = [min(last, first + max(0, border - inside)) for border in (start, stop)]
-        return Stretch(
-            self.history,
-            (self.over[0] + at[0], self.over[0] + at[1]),
-            (exact[0], exact[1]),
+        return self.history.stretch(
+            (self.over[0] + at[0], self.over[0] + at[1]), (exact[0], exact[1])
         )
 
     def column(self, name: str) -> Array:
@@ -321,7 +322,8 @@ class Stretch:
     @property
     def _histograms(self) -> Histograms:
         every = self.history.blocks.histograms
-        start, stop = np.searchsorted(every.block, self.over)
+        # In the array's own type: else all of it is converted.
+        start, stop = np.searchsorted(every.block, np.array(self.over, every.block.dtype))
         return Histograms(*(array[start:stop] for array in every))
 
     def _share(self, name: str, exact: Array) -> float:

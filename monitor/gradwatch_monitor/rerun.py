@@ -28,6 +28,7 @@ Array = np.ndarray[Any, Any]
 AS_LONG_AS_THE_GRADIENT = frozenset({"SGD", "ASGD"})
 _WINDOW = 50  # steps, within which the order of the norms means nothing
 _AT_MOST = 400  # windows that blocks are put together to
+_LEAST = 1e-300  # a norm whose inverse is a number
 
 
 class Rerun(Protocol):
@@ -48,7 +49,7 @@ class Rerun(Protocol):
 
 def rerun_of(history: History, burn_in: float) -> Rerun:
     """By what the run's optimizer is."""
-    if history.optimizer in AS_LONG_AS_THE_GRADIENT and history.values.size:
+    if history.optimizer in AS_LONG_AS_THE_GRADIENT and history.since(0.0).count:
         return Repaced(history, burn_in)
     return Same(history.since(burn_in))
 
@@ -77,21 +78,31 @@ class Repaced:
 
     def __init__(self, history: History, burn_in: float) -> None:
         self._burn_in = burn_in
-        self._norms, self._weights, held, window = _windows(history)
-        self._starts = np.flatnonzero(np.diff(window, prepend=-1))
-        self._steps = np.add.reduceat(self._weights, self._starts)
-        self._paces = self._pace(held)
+        norms, weights, held, window = _windows(history)
+        starts = np.flatnonzero(np.diff(window, prepend=-1))
+        self._steps = np.add.reduceat(weights, starts)
+        self._paces = np.add.reduceat(weights * np.minimum(1.0, held / norms), starts) / self._steps
+        # Window by window by size, so that the norms above a threshold are one slice of each.
+        self._sorted = np.sort(norms)
+        order = np.lexsort((norms, window))
+        norms, weights = norms[order], weights[order]
+        self._ends = np.append(starts[1:], len(norms))
+        self._firsts = np.arange(len(starts)) * len(norms)  # of the places of each window
+        self._places = np.repeat(self._firsts, np.diff(starts, append=len(norms)))
+        self._places += np.searchsorted(self._sorted, norms)
+        self._weights = np.append(weights, 0.0)
+        self._inverses = np.append(weights / np.maximum(norms, _LEAST), 0.0)
 
     def share(self, threshold: float) -> float:
         """Of its steps, those clipped at a constant threshold."""
         over, beyond = self._time(threshold)
-        shares = self._mean(self._norms > threshold)
+        shares = self._above(threshold)[0]
         last = shares[-max(1, len(shares) // 10) :].mean()  # what comes after the record goes on so
         return float((over @ shares + beyond * last) / (over.sum() + beyond))
 
     def threshold(self, share: float) -> float:
         """The constant that clips this share, by bisection."""
-        low, high = math.log(self._norms.min()), math.log(self._norms.max())
+        low, high = np.log(self._sorted[[0, -1]]).tolist()
         for _ in range(30):
             middle = (low + high) / 2
             low, high = (middle, high) if self.share(math.exp(middle)) > share else (low, middle)
@@ -105,17 +116,24 @@ class Repaced:
     @functools.lru_cache(maxsize=4)  # noqa: B019 - it lives as long as one recommendation
     def _time(self, threshold: float) -> tuple[Array, float]:
         """Steps over each window after the burn-in, and steps past the end of the record."""
-        ends = np.cumsum(self._steps * self._paces / self._pace(threshold))
+        ends = np.cumsum(self._steps * self._paces / self._above(threshold)[1])
         total = float(self._steps.sum())
         first = self._burn_in * total
         over = np.diff(np.clip(ends, first, total), prepend=first)
         return over, max(0.0, total - max(first, float(ends[-1])))
 
-    def _pace(self, threshold: Array | float) -> Array:
-        return self._mean(np.minimum(1.0, threshold / self._norms))
-
-    def _mean(self, values: Array) -> Array:
-        return np.asarray(np.add.reduceat(values * self._weights, self._starts) / self._steps)
+    @functools.lru_cache(maxsize=4)  # noqa: B019
+    def _above(self, threshold: float) -> tuple[Array, Array]:
+        """Of each window the share of its norms above a threshold, and its pace there."""
+        rank = np.searchsorted(self._sorted, threshold, side="right")
+        from_ = np.searchsorted(self._places, self._firsts + rank)
+        slices = np.column_stack([from_, self._ends]).ravel()
+        some = from_ < self._ends
+        clipped, inverse = (
+            np.where(some, np.add.reduceat(values, slices)[::2], 0.0)
+            for values in (self._weights, self._inverses)
+        )
+        return clipped / self._steps, (self._steps - clipped + threshold * inverse) / self._steps
 
 
 def _windows(history: History) -> tuple[Array, Array, Array, Array]:
