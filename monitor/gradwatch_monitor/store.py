@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 _SAME_THRESHOLD = 0.1  # share by which a recommended threshold may move unsaid
+_WEIGHED, _WEIGHED_WITHIN = 5, 10_000  # samples of the weights, and steps they are looked for in
 _IDS = 2**63  # databases count no further
 
 
@@ -252,20 +253,24 @@ class Store(Database):
     def layers(
         self, run_id: int, samples: int = 20
     ) -> list[tuple[int, str, float | None, float | None]]:
-        """The latest samples of the layer norms: step, parameter, gradient and weight norm."""
+        """The latest samples of the layer norms: step, parameter, gradient and weight norm.
+
+        Not every sample has the weights' norms: the latest five that have are among them, however
+        many others came since, if they are of the last 10,000 steps.
+        """
         n, a = schema.layer_norms.c, schema.attempts.c
         latest = sa.select(a.attempt).where(a.run_id == run_id).order_by(a.position.desc()).limit(1)
         mine = (n.run_id == run_id, n.attempt == latest.scalar_subquery())
-        steps = sa.select(n.step).where(*mine).distinct().order_by(n.step.desc()).limit(samples)
-        query = (
-            sa.select(n.step, n.parameter, n.grad_norm, n.weight_norm)
-            .where(
-                *mine, n.step >= sa.select(sa.func.min(steps.subquery().c.step)).scalar_subquery()
-            )
-            .order_by(n.step)
-        )
+        steps = sa.select(n.step).where(*mine).distinct().order_by(n.step.desc())
+        query = sa.select(n.step, n.parameter, n.grad_norm, n.weight_norm).order_by(n.step)
         with self._reading() as connection:
-            return [tuple(row) for row in connection.execute(query)]
+            last = connection.execute(steps.limit(samples)).scalars().all()
+            if not last:
+                return []
+            weighed = steps.where(n.weight_norm.is_not(None), n.step > last[0] - _WEIGHED_WITHIN)
+            others = connection.execute(weighed.limit(_WEIGHED)).scalars().all()
+            found = connection.execute(query.where(*mine, n.step.in_({*last, *others})))
+            return [tuple(row) for row in found]
 
     # -- thresholds that are applied to a running job ------------------------------------------
 

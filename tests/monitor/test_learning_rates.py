@@ -76,9 +76,15 @@ def by_sgd(lr, **options):
     return lambda groups: torch.optim.SGD(groups, lr=lr, **options)
 
 
-@pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
-def test_adam_at_a_rate_that_carries_the_weights_off(activation):
-    """Units that saturate for it are no fault of the network."""
+@pytest.mark.parametrize(
+    ("activation", "every"), [(nn.Tanh, "100"), (nn.ReLU, "100"), (nn.Tanh, "1")]
+)
+def test_adam_at_a_rate_that_carries_the_weights_off(activation, every, monkeypatch):
+    """Units that saturate for it are no fault of the network.
+
+    Where the layers' gradients are sampled at each step, the weights still are at every hundredth.
+    """
+    monkeypatch.setenv("GRADWATCH_LAYER_NORMS_EVERY", every)
     run = trained(
         ClipNorm(1.0), lambda groups: torch.optim.Adam(groups, lr=0.5), activation=activation
     )
