@@ -7,6 +7,7 @@ would have set.
 
     .venv/bin/python benchmarks/closed_loop.py
     .venv/bin/python benchmarks/closed_loop.py --only "CNN, digits" --seeds 3
+    .venv/bin/python benchmarks/closed_loop.py --second      # on jobs that were made and labelled later
     .venv/bin/python benchmarks/closed_loop.py --tuning      # what the rules were fitted on
 """
 
@@ -23,11 +24,12 @@ import numpy as np
 import torch
 from jobs import in_band
 from loop_tables import show
-from workloads import REPORTED, TUNING, ended, train
+from workloads import REPORTED, SECOND, TUNING, ended, train
 
 import gradwatch
 from gradwatch_monitor import Store, recommend
 
+JOBS = {**REPORTED, **SECOND, **TUNING}
 BAND = (0.10, 0.30)
 BURN_IN = 0.2
 START = gradwatch.ClipNorm(1.0)
@@ -70,7 +72,7 @@ class Chain:
 
 def run(job, policy, seed, folder):
     """One training run as a user has it, and the store it left."""
-    workload = {**REPORTED, **TUNING}[job].make(seed)
+    workload = JOBS[job].make(seed)
     store = f"sqlite:///{folder}/{time.monotonic_ns()}.db"
     agent = gradwatch.Agent(
         workload.optimizer, model=workload.model, clip=policy, store=store, metrics_port=None
@@ -153,13 +155,15 @@ def _task(task):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=[*REPORTED, *TUNING])
-    parser.add_argument("--tuning", action="store_true", help="the jobs that the rules come from")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--only", choices=JOBS, metavar="JOB")
+    kind.add_argument("--second", action="store_true", help="the second set of jobs")
+    kind.add_argument("--tuning", action="store_true", help="the jobs that the rules come from")
     parser.add_argument("--seeds", type=int, default=5, help="of the closed loop")
     parser.add_argument("--others", type=int, default=3, help="seeds of the simple methods")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    jobs = TUNING if arguments.tuning else REPORTED
+    jobs = TUNING if arguments.tuning else SECOND if arguments.second else REPORTED
     names = [arguments.only] if arguments.only else list(jobs)
     tasks = [
         ("chain", job, seed, arguments.seeds) for job in names for seed in range(arguments.seeds)
@@ -177,7 +181,7 @@ def main():
         (r for t, r in results if t[0] == "chain"), key=lambda c: (names.index(c.job), c.seed)
     )
     others = [(t[1], t[2], r) for t, r in results if t[0] == "simple"]
-    show(chains, others, {**REPORTED, **TUNING})
+    show(chains, others, JOBS)
     print(f"\n{len(results)} chains and runs in {(time.perf_counter() - began) / 60:.0f} minutes")
 
 

@@ -12,6 +12,7 @@ first fifth. Whatever is told of the clipped share is of the steps after the fir
 - use_policy: none of these. `fix_training` is what a job is made to be.
 
     .venv/bin/python benchmarks/labels.py
+    .venv/bin/python benchmarks/labels.py --second             # the second set
     .venv/bin/python benchmarks/labels.py --first-seed 30      # is a label the same with five others?
 """
 
@@ -26,7 +27,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from workloads import REPORTED, TUNING, train
+from workloads import REPORTED, SECOND, TUNING, train
 
 import gradwatch
 from gradwatch.testing import MemorySink
@@ -34,7 +35,7 @@ from gradwatch.testing import MemorySink
 SEEDS = 5
 BAND = (0.10, 0.30)
 RARELY, STEADY, WINDOWS, ENOUGH = 0.05, 0.10, 8, 4
-JOBS = {**REPORTED, **TUNING}
+JOBS = {**REPORTED, **SECOND, **TUNING}
 
 
 def run(task):
@@ -74,12 +75,15 @@ def label(job, at_one, held):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tuning", action="store_true", help="the jobs that the rules come from")
-    parser.add_argument("--only", choices=JOBS)
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--tuning", action="store_true", help="the jobs that the rules come from")
+    kind.add_argument("--second", action="store_true", help="the second set of jobs")
+    kind.add_argument("--only", choices=JOBS, metavar="JOB")
     parser.add_argument("--first-seed", type=int, default=20)
     arguments = parser.parse_args()
     seeds = range(arguments.first_seed, arguments.first_seed + SEEDS)
-    jobs = [arguments.only] if arguments.only else list(TUNING if arguments.tuning else REPORTED)
+    chosen = TUNING if arguments.tuning else SECOND if arguments.second else REPORTED
+    jobs = [arguments.only] if arguments.only else list(chosen)
     table = Table(box=box.MARKDOWN)
     for heading in ("job", "label", "clipped at 1.0, %", "constants", "clipped at these, %",
                     "moves by, points"):  # fmt: skip
