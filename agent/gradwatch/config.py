@@ -130,7 +130,8 @@ class Settings(BaseSettings):
         Field(
             ge=0,
             description="Steps between two samples of the per-layer norms; 0: only on a spike or "
-            "a non-finite step; default: the greater of 100 and 10 x the number of tensors.",
+            "a non-finite step; default: the greater of 100 and 10 x the number of tensors, and "
+            "steps 100 and 200.",
         ),
     ] = None
 

@@ -22,6 +22,7 @@ __all__ = ["Notices"]
 
 _SAMPLE_AT_LEAST = 100  # steps between two samples of the layer norms,
 _SAMPLE_PER_TENSOR = 10  # or this many a tensor, so that a sample stays cheap to store
+_EARLY = frozenset({100, 200})  # steps of a sample in any case: what is wrong from the start shows here
 
 
 class Notices:
@@ -118,15 +119,20 @@ class Notices:
         """Another threshold or policy was applied to the running job."""
         return events.threshold_changed(step, time, self.rank, change, before, after)
 
+    def due(self, step: int) -> bool:
+        """Whether this step's layer norms are sampled."""
+        every = self.every
+        return bool(every) and (not step % every or (step in _EARLY and self._asked_for is None))
+
     def samples(self, step: int) -> tuple[bool, bool]:
         """Whether this step's layer norms are sampled, and whether with the weights' norms.
 
         Those change slowly and take a read of their own, so they come with fewer samples.
         """
-        every = self.every
-        if every == 0 or step % every != 0:
+        if not self.due(step):
             return False, False
-        return True, every >= self._seldom or step % self._seldom < every
+        every, seldom = self.every, self._seldom
+        return True, every >= seldom or step % seldom < every or step in _EARLY
 
     def named(self, optimizer: Optimizer) -> list[str]:
         """The names of all parameters, in the optimizer's order."""

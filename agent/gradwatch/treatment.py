@@ -156,7 +156,7 @@ class Treatment:
                 self.skip(step)
         if event is not None:
             step.messages = [*step.messages, encode_event(event)]
-        if event is not None or (notices.every and not step.number % notices.every):
+        if event is not None or notices.due(step.number):
             self._sample(optimizer, step, always_weights=event is not None)
 
     def complete(self, optimizer: Optimizer | None, step: OpenStep) -> bool:

@@ -33,6 +33,7 @@ _SAID_BY = {
     "clipped_twice": {"not_unscaled"},
     "clipping_keeps_it_alive": {"no_convergence"},
     "vanishing_gradients": {"learning_rate_too_high"},  # of units that it has saturated
+    "dominating_layer": {"vanishing_gradients"},  # it is all that is left
 }
 OF_THE_AGENT = frozenset(
     {"clip_after_step", "clipped_twice"}

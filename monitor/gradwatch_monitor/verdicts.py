@@ -55,7 +55,7 @@ def unknown(seen: Evidence) -> Judgement | None:
     if faults is not None and seen.late.steps >= AT_LEAST:
         return faults
     return "not_enough_data", None, [
-        (f"{seen.count} finite gradient norms after the first {100 * BURN_IN:.0f} % of the run; "
+        (f"{seen.count} finite gradient norms above 0 after the first {100 * BURN_IN:.0f} % of the run; "
         f"{AT_LEAST} are needed")
     ]  # fmt: skip
 
@@ -158,14 +158,15 @@ def _no_need(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     spike = seen.greatest_spike()
     if not rarely or spike > _SPIKE:
         return None
-    without = "no norm is wrong" if seen.standstill() else "nothing is wrong"
+    learns = not seen.standstill() and "vanishing_gradients" not in seen.history.signs
+    without = "nothing is wrong" if learns else "no norm is wrong"
     faults = round(seen.whole.nonfinite_ratio * seen.whole.steps)
     state = (
         f"{faults} step{'s' if faults > 1 else ''} had a NaN or inf, which no threshold is for; the others are healthy"
         if faults
-        else "the norms are healthy"
-        if seen.standstill()
         else "the run is healthy as it is"
+        if learns
+        else "the norms are healthy"
     )
     return "not_needed", None, [
         f"{said}, and no norm is above {spike:.1f} times what is usual: {state}",
@@ -270,9 +271,15 @@ def _outside(seen: Evidence, band: tuple[float, float]) -> list[str]:
         return []
     at = f" at {seen.current_threshold:g}" if seen.constant else ""
     where = "below" if ratio < low else "above"
-    return [
+    told = [
         f"{over(seen)} {100 * ratio:.0f} % were clipped{at}, {where} the band of {_percent(band)}"
     ]
+    if ratio < low / 2 and (spike := seen.greatest_spike()) > _SPIKE:
+        told.append(
+            f"so few would do, but for a norm {spike:.3g} times what is usual: a threshold guards "
+            "against the next one"
+        )
+    return told
 
 
 def remarks(seen: Evidence, verdict: Verdict) -> list[str]:
@@ -302,7 +309,10 @@ def remarks(seen: Evidence, verdict: Verdict) -> list[str]:
         found.append(f"{too_fast[0]}: lower it first; {_NO_CURE}")
     if verdict != "fix_training":
         found.extend(f"to be mended first: {message}" for message in seen.critical())
-    if verdict != "fix_training" and not too_fast and (still := seen.standstill()):
+    capped = (
+        seen.steps_follow_the_gradient and (ratio or 0.0) > 0.5
+    )  # that is what it stands still for
+    if verdict != "fix_training" and not (too_fast or capped) and (still := seen.standstill()):
         found.append(
             f"{still}: where it should fall, look at the learning rate before the threshold"
         )

@@ -100,6 +100,16 @@ def test_events_and_layer_norms_are_stored():
     assert names == {name for name, _ in model.named_parameters()}
 
 
+def test_a_deep_model_is_sampled_early_too():
+    """Twenty tensors: every 200 steps, and what is wrong from the start shows before the third."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(10)))
+    run_steps(401, model=model)[0].close()
+    sampled = query(
+        "SELECT step, count(grad_norm), count(weight_norm) FROM layer_norms GROUP BY step"
+    )
+    assert sampled == [(step, 20, 20) for step in (0, 100, 200, 400)]
+
+
 def test_a_name_in_use_by_a_live_run_gets_a_number():
     """Two optimizers of one script are two runs of one job; a name that is free is taken again."""
     first, *_ = run_steps(run="gan")

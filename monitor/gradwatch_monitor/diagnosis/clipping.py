@@ -80,8 +80,8 @@ def threshold_never_reached(window: Window) -> Sign | None:
     top = float(np.nanmax(recent.pre_norm))
     return Sign(
         "threshold_never_reached", "warning", len(at) / 3, recent.span(),
-        f"the loss leapt up {len(at)} times and nothing was clipped: the greatest norm, {top:.3g}, "
-        f"is under the threshold of {recent.constant:g}",
+        f"the loss leapt up {len(at)} times in the last {len(recent)} steps and nothing was clipped: "
+        f"the greatest norm there, {top:.3g}, is under the threshold of {recent.constant:g}",
         "Lower the threshold to near the top of the usual norms (gradwatch recommend).",
         "Pascanu et al. 2013, section 3.2",
         {"threshold": recent.constant, "greatest_norm": top, "spikes": len(at)},
@@ -117,6 +117,8 @@ def clipping_keeps_it_alive(window: Window) -> Sign | None:
     adaptive = "Adam" in recent.optimizer
     if len(known) < _AT_LEAST or not math.isfinite(recent.constant) or adaptive:
         return None
+    if len(np.unique(recent.threshold[np.isfinite(recent.threshold)])) > 1:
+        return None  # it follows the norms: as low as they are usual, with every hard batch far above
     far = norms > _FAR_ABOVE * recent.constant
     usual = float(np.median(known))
     if usual > recent.constant * 3:  # the threshold is low, the norms need not be wild

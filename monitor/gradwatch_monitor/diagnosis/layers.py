@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradwatch_monitor.diagnosis.window import Array, Rule, Sign, Window
+from gradwatch_monitor.diagnosis.window import Array, LayerSamples, Rule, Sign, Window
 
 __all__ = ["RULES", "dominating_layer", "vanishing_gradients"]
 
@@ -18,6 +18,8 @@ def vanishing_gradients(window: Window) -> Sign | None:
     layers = window.layers
     if layers is None:
         return None
+    if (dead := _dead(layers)) is not None:
+        return dead
     weights = {
         i: float(np.median(known))
         for i, name in enumerate(layers.names)
@@ -42,6 +44,27 @@ def vanishing_gradients(window: Window) -> Sign | None:
         "initialisation, gates in a recurrent network. No clipping mends that.",
         "Hochreiter 1991; Pascanu et al. 2013; Glorot, Bengio 2010",
         {"parameter": least, "decades": decades},
+    )  # fmt: skip
+
+
+def _dead(layers: LayerSamples) -> Sign | None:
+    """Weights whose gradient is exactly 0 at every sample, while others' are not."""
+    norms = layers.grad_norm
+    there = np.isfinite(norms)
+    dead = ((norms == 0) & there).sum(axis=0) >= np.maximum(_SAMPLES, there.sum(axis=0))
+    names = [
+        name for name, zero in zip(layers.names, dead, strict=True) if zero and "weight" in name
+    ]
+    if not names or not (norms > 0).any():
+        return None
+    others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return Sign(
+        "vanishing_gradients", "warning", 2.0, (int(layers.step[0]), int(layers.step[-1])),
+        f"the gradient of {names[0]}{others} is exactly 0 at each of {len(layers.step)} samples",
+        "It learns nothing: units that are dead or saturated for every input (a lower learning rate, "
+        "another initialisation or activation), or a graph cut by detach() or no_grad().",
+        "Lu et al. 2019, Dying ReLU and initialization, arXiv 1903.06733",
+        {"parameter": names[0], "parameters": len(names)},
     )  # fmt: skip
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradwatch_monitor.diagnosis.window import Rule, Sign, Window
+from gradwatch_monitor.diagnosis.window import Array, Rule, Sign, Window
 
 __all__ = ["RULES", "dead_gradient", "loss_scale_trouble", "nonfinite_gradient", "nonfinite_loss"]
 
 _RECENT = 200  # steps after which what was seen counts no longer
 _FOR_GOOD = 10  # losses in a row that are NaN: it does not recover by itself
+_RUN_UP = 50  # steps in which a loss may have run away before it is NaN
 _OVERFLOWS = 0.05  # of the steps; a scaler that looks for its scale doubles it every 2,000 steps
 
 
@@ -34,9 +35,8 @@ def nonfinite_loss(window: Window) -> Sign | None:
         if window.skipped[ever_since:].all():
             anew = " These steps were skipped: the weights are still those from before them."
         else:
-            anew = (
-                f" Go on from a checkpoint before step {first:,}." if ever_since and first else ""
-            )
+            bad = int(window.step[_runs_away(window.loss, ever_since)])
+            anew = f" Go on from a checkpoint before step {bad:,}." if ever_since and bad else ""
     return Sign(
         "nonfinite_loss", "critical", float(count), (first, last),
         f"the loss was NaN or inf {said}",
@@ -53,6 +53,16 @@ def _unbroken(window: Window) -> int | None:
     good = np.flatnonzero(~window.nonfinite_loss)
     start = int(good[-1]) + 1 if len(good) else 0
     return start if len(window) - start >= _FOR_GOOD else None
+
+
+def _runs_away(loss: Array, end: int) -> int:
+    """From where on the losses that come before `end` are far above what was usual, if they are."""
+    before = loss[max(0, end - 4 * _RUN_UP) : max(0, end - _RUN_UP)]
+    before = before[np.isfinite(before)]
+    start = end
+    while len(before) and start > end - _RUN_UP and loss[start - 1] > 10 * np.median(before) > 0:
+        start -= 1
+    return start
 
 
 def nonfinite_gradient(window: Window) -> Sign | None:
@@ -87,7 +97,8 @@ def dead_gradient(window: Window) -> Sign | None:
         "dead_gradient", "warning", float(count), recent.span(where),
         f"the gradient was exactly 0 in {count} of the last {len(recent)} steps",
         "Nothing was learnt there: a batch whose loss is masked out, a graph cut by detach() or "
-        "no_grad(), or activations that are all saturated.",
+        "no_grad(), activations that are all saturated; or a loss of 0, such as a hinge that is satisfied, "
+        "which leaves nothing to learn.",
         "bugs of gradient clipping: the dead batch",
         {"steps": count},
     )  # fmt: skip

@@ -66,7 +66,7 @@ def loss_spikes(window: Window) -> Sign | None:
     worst = float((loss[at] / np.maximum(before, _LEAST)).max())
     return Sign(
         "loss_spikes", "warning", len(at) / _SPIKES, (int(steps[at[0]]), int(steps[at[-1]])),
-        f"the loss leapt up {len(at)} times in the last {len(recent)} steps, {worst:.1f}-fold at "
+        f"the loss leapt up {len(at)} times in the last {len(recent)} steps, {worst:.3g}-fold at "
         "worst",
         f"{_LEARNING_RATE}; clip nearer to the usual norm, or leave such steps out "
         "(SkipSpikes); look at the batches of those steps.",
@@ -128,17 +128,21 @@ def exploding_gradients(window: Window) -> Sign | None:
         now = float(np.median(loss[-100:]))
         lowest = min(float(np.median(part)) for part in np.array_split(loss, len(loss) // 50))
         learns = now < 0.2 * first[0] or (now < 0.8 * first[0] and now < 1.2 * lowest)
-    else:
-        learns = False
+    else:  # norms that fell with the run are those of one that converges
+        begun = window.first_norms[np.isfinite(window.first_norms)]
+        learns = len(begun) > 0 and float(np.median(norms[-100:])) < 0.5 * float(np.median(begun))
     parts = np.array_split(norms, len(norms) // 100)
     bursts = np.array([np.log(np.quantile(p, 0.98) / np.median(p)) for p in parts])
     strength = float(np.median(np.sort(bursts)[-3:])) / _BURST
     if learns or strength <= 0.5:
         return None
+    unknown = (
+        "" if len(loss) else " (whether the loss falls is not on record: agent.log(loss=loss))"
+    )
     return Sign(
-        "exploding_gradients", "critical", strength, window.span(),
-        f"within 100 steps the largest norms are {math.exp(float(bursts.max())):.0f} times the "
-        "median, again and again",
+        "exploding_gradients", "critical" if len(loss) else "warning", strength, window.span(),
+        f"within 100 steps the largest norms are {math.exp(float(bursts.max())):.3g} times the "
+        f"median, again and again{unknown}",
         f"{_LEARNING_RATE}; look at the initialisation (recurrent weights above 1). Keep the "
         "tight threshold meanwhile.",
         _PASCANU, {"burst": math.exp(float(bursts.max()))},
