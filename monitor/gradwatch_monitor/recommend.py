@@ -55,7 +55,7 @@ class Recommendation:
         low, high = (round(100 * bound) for bound in self.interval)
         would = (
             f"{self.threshold:g} would clip {100 * self.predicted_clip_ratio:.0f} % of the next run "
-            f"({low}–{high} %)"
+            f"({low}–{high} % in four cases of five)"
         )
         if self.current_clip_ratio is None:
             return would

@@ -118,7 +118,9 @@ def clipping_keeps_it_alive(window: Window) -> Sign | None:
     if len(known) < _AT_LEAST or not math.isfinite(recent.constant) or adaptive:
         return None
     if len(np.unique(recent.threshold[np.isfinite(recent.threshold)])) > 1:
-        return None  # it follows the norms: as low as they are usual, with every hard batch far above
+        return (
+            None  # it follows the norms: as low as they are usual, with every hard batch far above
+        )
     far = norms > _FAR_ABOVE * recent.constant
     usual = float(np.median(known))
     if usual > recent.constant * 3:  # the threshold is low, the norms need not be wild
