@@ -21,6 +21,7 @@ class LiveJob:
             clip=clip or ClipNorm(1.0), remote_control=remote_control, **others,
         )  # fmt: skip
         self.step, self._go, self._ended = 0, threading.Event(), threading.Event()
+        self._stepping = threading.Lock()
         self._norms = lognormal(200_000, middle=middle)
         self._thread = threading.Thread(target=self._train)
         self._go.set()
@@ -29,16 +30,19 @@ class LiveJob:
     def _train(self):
         while not self._ended.is_set():
             self._go.wait(1.0)
-            if not self._go.is_set():
-                continue
-            set_gradients(self.step, self.model)
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
-            for p in self.model.parameters():
-                p.grad.mul_(float(self._norms[self.step]) / float(norm))
-            self.agent.log(loss=2.0 / (1 + self.step / 50))
-            self.optimizer.step()
-            self.step += 1
+            with self._stepping:
+                if self._go.is_set():
+                    self._step()
             self._ended.wait(0.005)
+
+    def _step(self):
+        set_gradients(self.step, self.model)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        for p in self.model.parameters():
+            p.grad.mul_(float(self._norms[self.step]) / float(norm))
+        self.agent.log(loss=2.0 / (1 + self.step / 50))
+        self.optimizer.step()
+        self.step += 1
 
     def until(self, step):
         """Wait until that many steps are stored."""
@@ -48,8 +52,10 @@ class LiveJob:
             waiting.wait(0.01)
 
     def pause(self):
-        """No step until `go_on`."""
+        """No step until `go_on`; the last one is over."""
         self._go.clear()
+        with self._stepping:
+            pass
 
     def go_on(self):
         """Train again."""
