@@ -62,6 +62,7 @@ class ClippedTwice:
     ROUNDING = 3e-6
     EPSILON = 1.5e-6  # torch's 1e-6, and rounding
     STRIP = 2e-3
+    LEAST_SET = 1e-3  # thresholds that people set are greater
 
     def __init__(self) -> None:
         self._recent = np.empty(0, dtype=[("step", "i8"), ("norm", "f8"), ("modified", "?")])
@@ -111,6 +112,16 @@ class ClippedTwice:
         ):
             return None
         limit = float(f"{top:.3g}")
+        advice = (
+            f"Take the loop's own clip_grad_norm_(…, {limit:g}) out (in Lightning gradient_clip_val, "
+            "in transformers' Trainer max_grad_norm) and let gradwatch clip: "
+            f"gradwatch.wrap(optimizer, clip=gradwatch.ClipNorm({limit:g})). Where the loop uses "
+            "the norm, agent.clip() returns it."
+            if limit >= self.LEAST_SET
+            else "A number that small is none that is set: the loop clips gradients that still carry "
+            "the scaler's loss scale. Call scaler.unscale_(optimizer) before it, or take the loop's "
+            "clip out and let gradwatch clip at the same threshold, with wrap(..., scaler=scaler)."
+        )
         return Finding(
             "clipped_twice",
             "warning",
@@ -119,10 +130,7 @@ class ClippedTwice:
             f"the loop clips by itself before step(): when it was seen, {len(wall)} of "
             f"{len(window)} gradient norms were exactly {limit:g} and none greater. The true norms "
             "are not seen.",
-            f"Take the loop's own clip_grad_norm_(…, {limit:g}) out (in Lightning gradient_clip_val, "
-            "in transformers' Trainer max_grad_norm) and let gradwatch clip: "
-            f"gradwatch.wrap(optimizer, clip=gradwatch.ClipNorm({limit:g})). Where the loop uses "
-            "the norm, agent.clip() returns it.",
+            advice,
             {
                 "limit": float(top),
                 "clipped": len(wall),

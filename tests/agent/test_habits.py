@@ -43,6 +43,27 @@ def test_a_loop_that_clips_is_recognised_within_50_steps(policy, limit, caplog):
     assert len(said) == 1
 
 
+def test_a_loop_that_clips_scaled_gradients_is_not_told_their_number():
+    """Without `unscale_`: what the norms end at is no threshold that anybody should set."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=65536.0)
+    agent = gradwatch.Agent(
+        optimizer, clip=POLICIES[0], scaler=scaler, store=(sink := MemorySink()), metrics_port=None
+    )
+    for _ in range(50):
+        optimizer.zero_grad()
+        scaler.scale(5.0 * model(torch.randn(16, 8)).square().mean()).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+    assert agent.flush()
+    (finding,) = sink.findings
+    assert finding.data["limit"] == pytest.approx(1 / 65536, rel=1e-3)
+    assert "scaler.unscale_(optimizer)" in finding.advice
+    assert "ClipNorm" not in finding.advice
+
+
 def test_said_once_in_a_long_run(caplog):
     """Not again after 1,000 steps."""
     sink = watch(0.5, steps=1000, scale=5.0)

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from gradwatch.habits import ClippedTwice
 from gradwatch_monitor.diagnosis.training import spikes
 from gradwatch_monitor.diagnosis.window import Rule, Sign, Window
 
@@ -23,7 +24,6 @@ _RECENT = 500
 _AT_LEAST = 200
 _BY_ELEMENT = {"ClipValue", "ClipLayerNorm", "AdaptiveGradientClip"}
 _FAR_ABOVE = 10.0  # times the threshold
-_LEAST_SET = 1e-3  # thresholds that people set are greater
 
 
 def clipping_every_step(window: Window) -> Sign | None:
@@ -171,7 +171,7 @@ def _is_of_scaled(recent: Window, wall: float, top: float) -> bool:
     true = recent.pre_norm[np.isfinite(recent.pre_norm) & (recent.loss_scale > 1.0)]
     scales = recent.loss_scale[np.isfinite(recent.pre_norm) & (recent.loss_scale > 1.0)]
     if scales.max() == scales.min():
-        return top / float(scales[0]) < _LEAST_SET
+        return top / float(scales[0]) < ClippedTwice.LEAST_SET
     return wall > float((true >= float(true.max()) * (1 - 1e-4)).mean())
 
 
