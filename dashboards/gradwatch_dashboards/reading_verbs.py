@@ -88,10 +88,12 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
 def diagnose(run: RunArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:
     """Say what is wrong with a run, on what that rests, and what to do; status 1 on a finding."""
     from gradwatch_monitor import diagnose as find  # noqa: PLC0415 - numpy and more
+    from gradwatch_monitor.recommend import History  # noqa: PLC0415
 
     with open_store(store) as opened:
         found = opened.run(run)
         findings = find(opened, found.id)
+        still = None if findings or as_json else History.of(opened, found.id).standstill()
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     else:
@@ -103,6 +105,9 @@ def diagnose(run: RunArgument, store: StoreOption = None, as_json: JsonOption = 
                 out.print(f"  [dim]{escape(source)}[/dim]")
         if not findings:
             out.print(f"Nothing is wrong with {escape(found.name)} in its last steps.")
+        if still:
+            out.print(f"But {still}: where it should fall, look at the data, the learning rate and "
+                      "the initialisation.")  # fmt: skip
     if findings:
         raise typer.Exit(NOT_FOUND)
 

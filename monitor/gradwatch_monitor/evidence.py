@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.habits import ClippedTwice
-from gradwatch_monitor.diagnosis.rates import STILL
 from gradwatch_monitor.rerun import AS_LONG_AS_THE_GRADIENT, rerun_of
 
 if TYPE_CHECKING:
@@ -198,13 +197,6 @@ class Evidence:
         """How far a gradient of that norm, if it stays, moves the weights; NaN where it is not known."""
         moves = self.history.moves if self.history.norm_type == 2.0 else None
         return math.nan if moves is None else moves * threshold
-
-    def standstill(self) -> str | None:
-        """The sentence that says that the loss is about where it began, None where it is not."""
-        loss = self.history.losses
-        if loss is None or not STILL <= loss.last / loss.first <= 1 / STILL:
-            return None
-        return f"the loss is about where it began ({loss.first:.3g} at first, {loss.last:.3g} at the end)"
 
     def learns(self) -> bool:
         """Whether the loss fell to under a fifth of what it began at: leaps did it no harm."""

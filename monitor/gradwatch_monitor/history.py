@@ -25,7 +25,7 @@ from gradwatch.summaries import (
     windowed,
 )
 from gradwatch_monitor.diagnose import signs, window_of
-from gradwatch_monitor.diagnosis.rates import relative_to_norm
+from gradwatch_monitor.diagnosis.rates import STILL, relative_to_norm
 from gradwatch_monitor.timeline import Blocks
 
 if TYPE_CHECKING:
@@ -154,6 +154,13 @@ class History:
         fifth = (self.blocks.steps + len(exact)) // 5
         early = most[: -(-len(most) // 4)] if len(most) else exact[: len(exact) // 4]
         return Losses(float(first), float(np.median(exact[-fifth:])), float(early.max()))
+
+    def standstill(self) -> str | None:
+        """The sentence that says that the loss is about where it began, None where it is not."""
+        loss = self.losses
+        if loss is None or not STILL <= loss.last / loss.first <= 1 / STILL:
+            return None
+        return f"the loss is about where it began ({loss.first:.3g} at first, {loss.last:.3g} at the end)"
 
     # -- piece by piece ------------------------------------------------------------------------
 

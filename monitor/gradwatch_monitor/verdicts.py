@@ -158,7 +158,7 @@ def _no_need(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     spike = seen.greatest_spike()
     if not rarely or spike > _SPIKE:
         return None
-    learns = not seen.standstill() and "vanishing_gradients" not in seen.history.signs
+    learns = not seen.history.standstill() and "vanishing_gradients" not in seen.history.signs
     without = "nothing is wrong" if learns else "no norm is wrong"
     faults = round(seen.whole.nonfinite_ratio * seen.whole.steps)
     state = (
@@ -312,7 +312,11 @@ def remarks(seen: Evidence, verdict: Verdict) -> list[str]:
     capped = (
         seen.steps_follow_the_gradient and (ratio or 0.0) > 0.5
     )  # that is what it stands still for
-    if verdict != "fix_training" and not (too_fast or capped) and (still := seen.standstill()):
+    if (
+        verdict != "fix_training"
+        and not (too_fast or capped)
+        and (still := seen.history.standstill())
+    ):
         found.append(
             f"{still}: where it should fall, look at the learning rate before the threshold"
         )

@@ -53,6 +53,22 @@ def test_show_equals_sql(run):
     assert "it entered at 2.weight" in text
 
 
+def test_a_loss_that_stands_still_is_said_where_nothing_is_found(run):
+    """No rule can tell a job that does not learn from one that has nothing left to learn."""
+    calm = lognormal(600, middle=0.5, spread=0.1)
+    write_run(run="learns", norms=calm)
+    write_run(run="stands", norms=calm)
+    with sqlite3.connect("gradwatch.db") as connection:
+        connection.execute(
+            "UPDATE step_records SET loss = 2.3 WHERE run_id = (SELECT id FROM runs WHERE name = 'stands')"
+        )
+    status, learns, _ = run("diagnose", "learns")
+    assert (status, "about where it began" in learns) == (0, False)
+    status, stands, _ = run("diagnose", "stands")
+    assert status == 0
+    assert "But the loss is about where it began (2.3 at first, 2.3 at the end)" in stands
+
+
 def test_runs_and_show_count_the_same_steps(run):
     """Those taken; `show` says too how many of them a prune has left."""
     write_run(steps=10)
