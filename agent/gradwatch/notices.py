@@ -22,9 +22,7 @@ __all__ = ["Notices"]
 
 _SAMPLE_AT_LEAST = 100  # steps between two samples of the layer norms,
 _SAMPLE_PER_TENSOR = 10  # or this many a tensor, so that a sample stays cheap to store
-_EARLY = frozenset(
-    {100, 200}
-)  # steps of a sample in any case: what is wrong from the start shows here
+_EARLY = frozenset({100, 200})  # steps sampled in any case: what is wrong from the start shows
 
 
 class Notices:
