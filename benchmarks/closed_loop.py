@@ -24,12 +24,11 @@ import numpy as np
 import torch
 from jobs import in_band
 from loop_tables import show
-from workloads import REPORTED, SECOND, TUNING, ended, train
+from workloads import JOBS, REPORTED, SECOND, TUNING, ended, train
 
 import gradwatch
 from gradwatch_monitor import Store, recommend
 
-JOBS = {**REPORTED, **SECOND, **TUNING}
 BAND = (0.10, 0.30)
 BURN_IN = 0.2
 START = gradwatch.ClipNorm(1.0)

@@ -17,7 +17,7 @@ import tempfile
 
 import numpy as np
 import torch
-from workloads import REPORTED, TUNING
+from workloads import JOBS
 from workloads.spoiled import SPOILED, Spoiled
 
 import gradwatch
@@ -49,7 +49,7 @@ def train(job, seed, store):
     if job in SPOILED:
         spoiled = SPOILED[job](seed)
     else:
-        spoiled = Spoiled({**REPORTED, **TUNING}[job].make(seed), gradwatch.ClipNorm(1.0))
+        spoiled = Spoiled(JOBS[job].make(seed), gradwatch.ClipNorm(1.0))
     agent = gradwatch.Agent(
         spoiled.workload.optimizer, model=spoiled.workload.model, clip=spoiled.clip, store=store,
         scaler=spoiled.scaler, metrics_port=None, settings=gradwatch.Settings(layer_norms_every=50),

@@ -27,7 +27,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from workloads import REPORTED, SECOND, TUNING, train
+from workloads import JOBS, REPORTED, SECOND, TUNING, train
 
 import gradwatch
 from gradwatch.testing import MemorySink
@@ -35,7 +35,6 @@ from gradwatch.testing import MemorySink
 SEEDS = 5
 BAND = (0.10, 0.30)
 RARELY, STEADY, WINDOWS, ENOUGH = 0.05, 0.10, 8, 4
-JOBS = {**REPORTED, **SECOND, **TUNING}
 
 
 def run(task):

@@ -15,7 +15,7 @@ from workloads.workload import Workload, ended, train
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["REPORTED", "SECOND", "TUNING", "Job", "Workload", "ended", "train"]
+__all__ = ["JOBS", "REPORTED", "SECOND", "TUNING", "Job", "Workload", "ended", "train"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,3 +84,5 @@ TUNING = {
         carts.reinforce,
     )
 }
+
+JOBS = {**REPORTED, **SECOND, **TUNING}

@@ -309,14 +309,10 @@ def remarks(seen: Evidence, verdict: Verdict) -> list[str]:
         found.append(f"{too_fast[0]}: lower it first; {_NO_CURE}")
     if verdict != "fix_training":
         found.extend(f"to be mended first: {message}" for message in seen.critical())
-    capped = (
-        seen.steps_follow_the_gradient and (ratio or 0.0) > 0.5
-    )  # that is what it stands still for
-    if (
-        verdict != "fix_training"
-        and not (too_fast or capped)
-        and (still := seen.history.standstill())
-    ):
+    # Where SGD is clipped nearly always, that is what it stands still for.
+    capped = seen.steps_follow_the_gradient and (ratio or 0.0) > 0.5
+    still = None if verdict == "fix_training" or too_fast or capped else seen.history.standstill()
+    if still:
         found.append(
             f"{still}: where it should fall, look at the learning rate before the threshold"
         )

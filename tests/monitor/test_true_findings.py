@@ -1,4 +1,4 @@
-"""What is said of healthy runs with something unusual about them, and of nets that are dead: real loops."""
+"""What is said of healthy runs with something unusual about them, and of runs that are beyond help."""
 
 import math
 import re

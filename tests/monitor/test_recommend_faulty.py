@@ -1,0 +1,96 @@
+"""Recommendations for runs that no threshold mends: what is wrong is said first."""
+
+import math
+
+import numpy as np
+import pytest
+from stores import lognormal
+from windows import history
+
+from gradwatch import ClipNorm
+from gradwatch_monitor.diagnosis import Sign
+from gradwatch_monitor.recommend import recommend_from
+
+
+@pytest.mark.parametrize("finite", [30, 200])
+def test_a_run_of_nan_is_no_matter_of_data(finite):
+    """Few norms are there because it is broken."""
+    norms = np.full(1000, math.nan)
+    norms[:finite] = lognormal(finite)
+    result = recommend_from(history(norms))
+    assert (result.verdict, result.policy) == ("fix_training", ClipNorm(1.0))
+    assert (result.threshold, result.interval) == (None, None)
+    assert "100.0 % of the steps have a NaN or inf in the gradient" in result.sentence
+
+
+def test_a_loss_that_blew_up_is_no_matter_of_thresholds():
+    """It leapt at the start and ended no lower than it began; a policy gradient's says nothing."""
+    norms = lognormal(1000, middle=0.3, spread=0.1)
+    norms[5:40] *= 60
+    loss = np.full(1000, 2.5) + 0.1 * np.random.default_rng(0).normal(size=1000)
+    loss[0], loss[5:40] = 2.3, 12.0
+    diverged = recommend_from(history(norms, loss=loss))
+    assert diverged.verdict == "fix_training"
+    assert any("2.3 at first" in reason for reason in diverged.reasons)
+    both_signs = recommend_from(history(norms, loss=loss - 2.5))
+    assert not any("loss" in reason for reason in both_signs.reasons)
+
+
+def test_what_is_critical_is_said_before_a_threshold_is_kept():
+    """`diagnose` and `recommend` are read side by side: they may not contradict each other."""
+    norms = lognormal(1000, middle=0.7)
+    for severity in ("critical", "warning"):
+        sign = Sign("exploding_gradients", severity, 1.2, (0, 999), "norms leap", "", "")
+        told = recommend_from(history(norms, signs={sign.finding: sign}))
+        assert told.verdict == "keep"
+        assert ("to be mended first: norms leap" in told.reasons) == (severity == "critical")
+
+
+@pytest.mark.parametrize(("last", "still"), [(1.9, True), (1.5, False), (2.5, False)])
+def test_a_loss_that_stands_still_is_not_called_healthy(last, still):
+    """Whatever the norms say: told beside the verdict, which it does not change."""
+    loss = np.linspace(2.0, last, 1000)
+    told = recommend_from(history(lognormal(1000, middle=0.1, spread=0.2), loss=loss))
+    assert told.verdict == "not_needed"
+    said = [reason for reason in told.reasons if "about where it began (2 at first" in reason]
+    assert bool(said) == still
+    assert any("the run is healthy as it is" in reason for reason in told.reasons) != still
+
+
+def test_weights_that_exploded_are_a_divergence():
+    """Whatever the norms at the start: `diagnose` calls it critical, so no policy is offered."""
+    sign = Sign("exploding_weights", "critical", 2.0, (0, 999), "the weights grew", "", "")
+    seen = history(lognormal(1000, middle=5.0), optimizer="SGD", signs={sign.finding: sign})
+    told = recommend_from(seen)
+    assert (told.verdict, told.policy) == ("fix_training", ClipNorm(0.1))
+    assert told.reasons[0] == "the training diverged: the weights grew"
+    dead = np.where(np.arange(1000) < 150, 5.0, 0.0)  # what exploded has died
+    told = recommend_from(history(dead, optimizer="SGD", signs={sign.finding: sign}))
+    assert (told.verdict, told.policy) == ("fix_training", ClipNorm(1.0))
+
+
+def test_after_a_divergence_a_tight_constant_is_a_lower_learning_rate_by_sgd_alone():
+    """A tenth of the usual norm; by Adam nothing of the kind."""
+    norms = lognormal(1000, middle=0.3, spread=0.1)
+    norms[5:40] *= 60
+    loss = np.full(1000, 2.5)
+    loss[0], loss[5:40] = 2.3, 12.0
+    by_sgd = recommend_from(history(norms, loss=loss, optimizer="SGD"))
+    assert by_sgd.verdict == "fix_training"
+    assert by_sgd.policy == ClipNorm(0.03)
+    assert any("a tenth of what it usually was" in reason for reason in by_sgd.reasons)
+    held_back = recommend_from(history(10 * norms, loss=loss, optimizer="SGD"))  # at 1.0
+    assert held_back.policy == ClipNorm(0.1)
+    by_adam = recommend_from(history(norms, loss=loss, optimizer="Adam"))
+    assert by_adam.policy == ClipNorm(1.0)
+    assert any("no threshold mends that" in reason for reason in by_adam.reasons)
+
+
+def test_leaps_of_a_run_that_learns_are_no_explosion():
+    """The loss falls to a fifth: a threshold, not another learning rate."""
+    norms = lognormal(1000, middle=2.0)
+    norms[::20] *= 50
+    learns = recommend_from(history(norms, loss=np.geomspace(2.0, 0.01, 1000)))
+    assert learns.verdict == "use_policy"
+    stuck = recommend_from(history(norms, loss=np.linspace(2.0, 1.9, 1000)))
+    assert stuck.verdict == "fix_training"
