@@ -1,10 +1,12 @@
-"""Gradients that change after the step they were for: a loop that clips too late."""
+"""Gradients that change after the step they were for: a loop that clips too late, or zeroes nothing."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import torch
+
+from gradwatch.recorder import FLAGS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,8 +37,9 @@ class Afterwards:
         self._copy: Tensor | None = None
         self._suspects = False
         self._looks = self._in_vain = 0
+        self._sum = _Sum()
 
-    def keep(self, grads: Sequence[Tensor]) -> None:
+    def keep(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """The step with these gradients is over."""
         if self._looks >= self.LOOKS or self._in_vain >= self.IN_VAIN:
             return
@@ -52,25 +55,28 @@ class Afterwards:
         self._grad = grad
         if self._suspects:
             self._copy = grad.detach().clone()
+        if self._sum.suspected:
+            self._sum.prepare(params[self._which], grad)
 
-    def clipped(self, grads: Sequence[Tensor]) -> bool:
-        """Whether the gradient that was kept has been clipped since; these are the next step's."""
+    def since(self, grads: Sequence[Tensor]) -> int:
+        """What became of the gradient that was kept, as a record's flag; these are the next step's."""
         old, copy = self._grad, self._copy
         self._grad = self._copy = None
         if old is None or old._version == self._version or len(grads) != self._of:
-            return False
+            return 0
         if grads[self._which].data_ptr() == old.data_ptr():  # the same memory, written anew
-            return False
+            once = grads[self._which] is old and old._version == self._version + 1
+            return FLAGS.ADDED_TO if self._sum.shows(old, once=once) else 0
         self._suspects = True
         if copy is None:
-            return False
+            return 0
         if torch.equal(
             old, copy
         ):  # only its version moved on: multiplied by 1, to measure the norm
             self._in_vain += 1
-            return False
+            return 0
         self._looks += 1
-        return _is_clipped(old.detach(), copy)
+        return FLAGS.CLIPPED_LATE if _is_clipped(old.detach(), copy) else 0
 
     def _choose(self, grads: Sequence[Tensor]) -> None:
         self._of = len(grads)
@@ -80,6 +86,47 @@ class Afterwards:
             if grad.layout is torch.strided and self.LEAST <= grad.numel() <= self.LARGEST
         ]
         self._which = min(usable)[1] if usable else -1
+
+
+class _Sum:
+    """Sees gradients that nobody zeroes: each is the one before with the new one added.
+
+    Autograd adds in place, once a backward pass; `zero_grad` makes new tensors, or writes once more.
+    `grad.data.zero_()` is not counted as a writing, so after some such steps the new gradient itself
+    is looked at, by a hook that is called once, and the sum must be the same to the last bit.
+    """
+
+    AFTER, LOOKS = 3, 3
+
+    def __init__(self) -> None:
+        self._steps = self._looks = 0
+        self._before: Tensor | None = None
+        self._new: Tensor | None = None
+
+    @property
+    def suspected(self) -> bool:
+        return self._steps >= self.AFTER and self._looks < self.LOOKS
+
+    def prepare(self, param: Tensor, grad: Tensor) -> None:
+        """Before the backward pass that adds to this gradient, if one does."""
+
+        def take(new: Tensor) -> None:
+            handle.remove()
+            self._new = new.detach().clone()
+
+        self._before, self._new = grad.detach().clone(), None
+        handle = param.register_hook(take)  # type: ignore[no-untyped-call]
+
+    def shows(self, grad: Tensor, *, once: bool) -> bool:
+        """Whether this gradient, the same tensor as before and written `once` since, is such a sum."""
+        self._steps = self._steps + 1 if once else 0
+        before, new = self._before, self._new
+        self._before = self._new = None
+        if before is None or new is None or not once:
+            return False
+        added = torch.equal(grad.detach(), before + new)
+        self._looks = self._looks + 1 if added else self.LOOKS
+        return added
 
 
 def _is_clipped(now: Tensor, before: Tensor) -> bool:

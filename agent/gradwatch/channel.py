@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from typing import TYPE_CHECKING
 
-from gradwatch.habits import ClippedAfterStep, ClippedTwice
+from gradwatch.habits import ClippedAfterStep, ClippedTwice, NotZeroed
 from gradwatch.sinks import NotYetError
 from gradwatch.troubles import logger
 
@@ -79,7 +79,7 @@ class Channel:
         self.settle = settle  # puts steps on the tape that are on a device still
         self.store = Outlet("store", store)
         self.metrics = Outlet("metrics", metrics)
-        self.habits = (ClippedTwice(), ClippedAfterStep())
+        self.habits = (ClippedTwice(), ClippedAfterStep(), NotZeroed())
         self.findings: list[Finding] = []  # not in the store yet
         self.overhead = 0.0  # seconds in the hooks; the training thread adds to it
         self.look_at = 0.0  # when to see again whether the ring's file is there

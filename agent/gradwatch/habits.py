@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
 
 import numpy as np
 
 from gradwatch.recorder import FLAGS
 from gradwatch.records import Finding
 
-__all__ = ["ClippedAfterStep", "ClippedTwice"]
+__all__ = ["ClippedAfterStep", "ClippedTwice", "NotZeroed"]
 
 
-class ClippedAfterStep:
-    """Recognises a loop that clips after `step()`: said once a run, of the tenth step that shows it."""
+class _Flagged(ABC):
+    """Recognises a habit by steps that carry a flag: said once a run, of the last of `FROM` such steps."""
 
-    FROM = 10
+    FLAG: ClassVar[int]
+    FROM: ClassVar[int]
 
     def __init__(self) -> None:
         self._steps: list[int] = []
@@ -24,20 +26,51 @@ class ClippedAfterStep:
         """Take in new records; the finding, the first time there is one."""
         if len(self._steps) >= self.FROM:
             return None
-        late = steps["step"][(steps["flags"] & FLAGS.CLIPPED_LATE) != 0]
-        self._steps.extend(late[: self.FROM - len(self._steps)].tolist())
-        if len(self._steps) < self.FROM:
-            return None
+        flagged = steps["step"][(steps["flags"] & self.FLAG) != 0]
+        self._steps.extend(flagged[: self.FROM - len(self._steps)].tolist())
+        return self._finding(self._steps) if len(self._steps) >= self.FROM else None
+
+    @abstractmethod
+    def _finding(self, steps: list[int]) -> Finding:
+        """What is to be said of these steps."""
+
+
+class ClippedAfterStep(_Flagged):
+    """A loop that clips after `step()`."""
+
+    FLAG, FROM = FLAGS.CLIPPED_LATE, 10
+
+    def _finding(self, steps: list[int]) -> Finding:
         return Finding(
             "clip_after_step",
             "warning",
-            self._steps[0] - 1,
-            self._steps[-1] - 1,
+            steps[0] - 1,
+            steps[-1] - 1,
             f"the loop clips after step(): in {self.FROM} steps that were looked at, the gradients "
             "were clipped when they had been applied already, so that clipping did nothing.",
             "Take the loop's own clip_grad_norm_ or clip_grad_value_ out and let gradwatch clip, or "
             "call it between backward() and step().",
             {"steps": self.FROM, "source": "torch.nn.utils.clip_grad_norm_: before step()"},
+        )
+
+
+class NotZeroed(_Flagged):
+    """A loop without `zero_grad()`."""
+
+    FLAG, FROM = FLAGS.ADDED_TO, 3
+
+    def _finding(self, steps: list[int]) -> Finding:
+        return Finding(
+            "gradients_not_zeroed",
+            "critical",
+            steps[0],
+            steps[-1],
+            f"the gradients are never zeroed: in {self.FROM} steps that were looked at, the gradient "
+            "was that of the step before, as it was applied, with the new one added to it. Every step "
+            "follows all batches so far.",
+            "Call optimizer.zero_grad() once a step, before backward() or after step(). To add up "
+            "several batches, call step() and zero_grad() once after all of them.",
+            {"steps": self.FROM, "source": "torch.optim.Optimizer.zero_grad"},
         )
 
 

@@ -341,7 +341,7 @@ class StepHooks:
         tape = self.tape or self._ensure_tape(optimizer)
         step.ended = began
         if step.measured:
-            self._treat.afterwards.keep(step.measured[0].grads)
+            self._treat.afterwards.keep(step.measured[0].params, step.measured[0].grads)
         if self._may_defer:
             if step.deferred:
                 self._deferred.keep()

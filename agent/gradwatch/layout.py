@@ -71,6 +71,7 @@ class FLAGS:
     AMP_OVERFLOW = 16
     MODIFIED = 32  # the gradients were changed in place between backward and step
     CLIPPED_LATE = 64  # those of the step before were clipped after it
+    ADDED_TO = 128  # these were added to those of the step before
 
 
 STEP = struct.Struct("<QqddddddddIIQ")

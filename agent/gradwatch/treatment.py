@@ -133,8 +133,7 @@ class Treatment:
 
     def note_changes(self, step: OpenStep, grads: Sequence[Tensor]) -> None:
         """Note gradients changed in place: these, since the backward pass; the last, since its step."""
-        if self.afterwards.clipped(grads):
-            step.flags |= FLAGS.CLIPPED_LATE
+        step.flags |= self.afterwards.since(grads)
         try:
             if grads[0]._version > 0 and grads[-1]._version > 0:
                 step.flags |= FLAGS.MODIFIED

@@ -31,12 +31,14 @@ class Spoiled:
     before_step: Callable[[nn.Module], object] = lambda _: None
     after_step: Callable[[nn.Module], object] = lambda _: None
     scaler: GradScaler | None = None
+    zeroes: bool = True
 
     def train(self, agent: gradwatch.Agent) -> None:
         """The loop, to its end."""
         model, optimizer = self.workload.model, self.workload.optimizer
         for step in range(self.workload.steps):
-            optimizer.zero_grad()
+            if self.zeroes:
+                optimizer.zero_grad()
             loss = self.loss(step, self.workload.loss())
             (loss if self.scaler is None else self.scaler.scale(loss)).backward()
             self.before_step(model)
@@ -176,6 +178,7 @@ SPOILED: dict[str, Callable[[int], Spoiled]] = {
     # the bugs
     "clip_after_step": lambda s: Spoiled(on_digits(s), Clip(5.0), after_step=_norm(1.0)),
     "clipped_twice": lambda s: Spoiled(on_digits(s), Clip(5.0), before_step=_norm(0.5)),
+    "gradients_not_zeroed": lambda s: Spoiled(on_digits(s, lr=0.01), Clip(1.0), zeroes=False),
     "not_unscaled": lambda s: Spoiled(
         on_digits(s), Clip(5.0), before_step=_norm(1.0), scaler=GradScaler("cpu", init_scale=1024.0)
     ),

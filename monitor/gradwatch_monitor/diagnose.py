@@ -26,17 +26,24 @@ START = 200  # and of the run's beginning
 _ENOUGH = 500  # norms, as `recommend` looks at
 OPENS, STAYS = 1.0, 0.7  # a finding's strength: so it does not come and go with every step
 # The others say all that the first does: most steps, a wall of norms under a loss scale. Where the
-# loop clips before, what the agent clips means nothing. And nothing keeps a run alive that is lost.
+# loop clips before, what the agent clips means nothing; nor where gradients add up. And nothing keeps
+# a run alive that is lost.
 _SAID_BY = {
-    "clipping_most_steps": {"clipping_every_step", "clipped_twice", "not_unscaled"},
-    "clipping_every_step": {"clipped_twice", "not_unscaled"},
+    "clipping_most_steps": {
+        "clipping_every_step",
+        "clipped_twice",
+        "not_unscaled",
+        "gradients_not_zeroed",
+    },
+    "clipping_every_step": {"clipped_twice", "not_unscaled", "gradients_not_zeroed"},
     "clipped_twice": {"not_unscaled"},
-    "clipping_keeps_it_alive": {"no_convergence"},
+    "clipping_keeps_it_alive": {"no_convergence", "gradients_not_zeroed"},
+    "norm_drift": {"gradients_not_zeroed"},
     "vanishing_gradients": {"learning_rate_too_high"},  # of units that it has saturated
     "dominating_layer": {"vanishing_gradients"},  # it is all that is left
 }
 OF_THE_AGENT = frozenset(
-    {"clip_after_step", "clipped_twice"}
+    {"clip_after_step", "clipped_twice", "gradients_not_zeroed"}
 )  # seen in the job itself, and told once
 
 _GRAVITY = {"critical": 0, "warning": 1, "info": 2}

@@ -80,6 +80,7 @@ class History:
     clipped_before: bool = (
         False  # whether the agent saw that the loop clips by itself before step()
     )
+    not_zeroed: str = ""  # what the agent says of a loop without zero_grad()
     changed_at: int = 0  # the steps before another policy was applied, the last time that one was
     signs: Mapping[str, Sign] = dataclasses.field(default_factory=dict)  # what is wrong at its end
     moves: float | None = None  # what a gradient of norm 1 moves, in units of the weights' norm
@@ -348,13 +349,16 @@ def facts(
     policies: Sequence[Mapping[str, Any]] = run.settings.get("policies", [])
     if change is not None and first is not None:
         policies = [change.data["policy"]]
+    seen = {finding.finding: finding for finding in findings if not finding.ended_at}
+    not_zeroed = seen.get("gradients_not_zeroed")
     # JSON has no inf, so that is a word there, or null.
     norm_type = policies[0].get("norm_type", 2.0) if policies else 2.0
     return {
         "optimizer": str(run.settings.get("optimizer", "")),
         "policy": ", ".join(policy["policy"] for policy in policies),
         "norm_type": math.inf if norm_type is None else float(norm_type),
-        "clipped_before": any(f.finding == "clipped_twice" and not f.ended_at for f in findings),
+        "clipped_before": "clipped_twice" in seen,
+        "not_zeroed": not_zeroed.message if not_zeroed else "",
         "begins": first is None or first < _BEGINNING,
         "changed_at": 0 if change is None or first is None else max(0, change.step - first),
     }

@@ -186,3 +186,75 @@ def test_gradients_are_not_held_on_to_where_they_are_large():
     gone = weakref.ref(model.weight.grad)
     optimizer.zero_grad()
     assert gone() is None
+
+
+ZEROES = {
+    "not at all": lambda optimizer: None,
+    "to None": lambda optimizer: optimizer.zero_grad(),
+    "in place": lambda optimizer: optimizer.zero_grad(set_to_none=False),
+    "through .data": lambda optimizer: [
+        p.grad.data.zero_() for p in optimizer.param_groups[0]["params"] if p.grad is not None
+    ],
+}
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("zero", ZEROES)
+def test_a_loop_that_zeroes_nothing_is_recognised(zero, batches, fused, optimizer):
+    """Told of the gradient itself; weights and gradients are those of a loop without the agent."""
+
+    def loop(watched):
+        torch.manual_seed(0)
+        model = mlp()
+        by = optimizer(model.parameters(), lr=1e-3, fused=fused)
+        sink = MemorySink()
+        agent = watched and gradwatch.Agent(by, clip=POLICIES[2], store=sink, metrics_port=None)
+        for _ in range(60):
+            ZEROES[zero](by)
+            for _ in range(batches):
+                model(torch.randn(16, 8)).square().mean().backward()
+            by.step()
+        if agent:
+            agent.close()
+        assert not any(p._backward_hooks for p in model.parameters())
+        return sink.findings, [t for p in model.parameters() for t in (p, p.grad)]
+
+    findings, tensors = loop(watched=True)
+    _, alone = loop(watched=False)
+    assert all(map(torch.equal, tensors, alone))
+    # Of several batches a step, which are added rightly, nothing is said.
+    forgotten = zero == "not at all" and batches == 1
+    assert [f.finding for f in findings] == ["gradients_not_zeroed"] * forgotten
+    assert all((f.severity, f.first_step, f.last_step) == ("critical", 4, 6) for f in findings)
+
+
+@pytest.mark.parametrize("zero", ["not at all", "through .data"])
+def test_one_batch_over_and_over_is_no_proof(zero):
+    """A gradient that hardly changes looks like the one before, added to or not."""
+    model, x = mlp(), torch.randn(64, 8)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    agent = gradwatch.Agent(
+        optimizer, clip=POLICIES[1], store=(sink := MemorySink()), metrics_port=None
+    )
+    for _ in range(50):
+        ZEROES[zero](optimizer)
+        model(x).square().mean().backward()
+        optimizer.step()
+    agent.close()
+    assert [f.finding for f in sink.findings] == ["gradients_not_zeroed"] * (zero == "not at all")
+
+
+def test_an_agent_that_goes_away_leaves_no_hook():
+    """Whenever it is closed; what it waits for comes once."""
+    for steps in range(3, 8):
+        model = mlp()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        agent = gradwatch.Agent(optimizer, store=MemorySink(), metrics_port=None)
+        for _ in range(steps):
+            model(torch.randn(16, 8)).square().mean().backward()
+            optimizer.step()
+        agent.close()
+        model(torch.randn(16, 8)).square().mean().backward()
+        assert not any(p._backward_hooks for p in model.parameters())

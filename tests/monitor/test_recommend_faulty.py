@@ -4,10 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import torch
 from stores import lognormal
 from windows import history
 
+import gradwatch
 from gradwatch import ClipNorm
+from gradwatch_monitor import Store, diagnose, recommend
 from gradwatch_monitor.diagnosis import Sign
 from gradwatch_monitor.recommend import recommend_from
 
@@ -94,3 +97,27 @@ def test_leaps_of_a_run_that_learns_are_no_explosion():
     assert learns.verdict == "use_policy"
     stuck = recommend_from(history(norms, loss=np.linspace(2.0, 1.9, 1000)))
     assert stuck.verdict == "fix_training"
+
+
+def test_a_loop_that_zeroes_nothing_is_mended_before_its_threshold(tmp_path):
+    """Really trained, clipped all along, and its loss falls all the same."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    url = f"sqlite:///{tmp_path}/forgotten.db"
+    agent = gradwatch.Agent(optimizer, store=url, metrics_port=None)
+    for _ in range(200):
+        x = torch.randn(32, 8)
+        loss = (model(x)[:, 0] - x.sum(1)).square().mean()
+        loss.backward()
+        agent.log(loss=loss)
+        optimizer.step()
+    agent.close()
+    with Store(url) as store:
+        result, found = recommend(store, 1), diagnose(store, 1)
+    assert (result.verdict, result.policy) == ("fix_training", ClipNorm(1.0))
+    assert "never zeroed" in result.reasons[0]
+    assert "zero_grad()" in result.reasons[1]
+    assert not any("learning rate" in reason for reason in result.reasons)
+    assert found[0].finding == "gradients_not_zeroed"
+    assert {f.finding for f in found}.isdisjoint({"clipping_every_step", "clipping_most_steps"})
