@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from typing import TYPE_CHECKING, TypeVar
 
@@ -17,13 +18,13 @@ if TYPE_CHECKING:
 
     from gradwatch_monitor.store import Store
 
-__all__ = ["OF_THE_AGENT", "diagnose", "ended", "signs", "window_of"]
+__all__ = ["OF_THE_AGENT", "concluded", "diagnose", "ended", "signs", "window_of"]
 
 _Named = TypeVar("_Named", Finding, Sign)
 
 WINDOW = 2000  # steps that the rules look at
 START = 200  # and of the run's beginning
-_ENOUGH = 500  # norms, as `recommend` looks at
+_ENOUGH = 500  # steps, or norms, that show what a loop does
 OPENS, STAYS = 1.0, 0.7  # a finding's strength: so it does not come and go with every step
 # The others say all that the first does: most steps, a wall of norms under a loss scale. Where the
 # loop clips before, what the agent clips means nothing; nor where gradients add up. And nothing keeps
@@ -66,7 +67,7 @@ def diagnose(store: Store, run_id: int) -> list[Finding]:
     Raises:
         RunNotFoundError: there is no such run.
     """
-    before = {f.finding: f for f in store.findings(run_id) if f.ended_at is None}
+    before = {f.finding: f for f in concluded(store, run_id) if f.ended_at is None}
     found = [finding for name, finding in before.items() if name in OF_THE_AGENT]
     window = window_of(store, run_id)
     if window is not None:
@@ -80,8 +81,29 @@ def diagnose(store: Store, run_id: int) -> list[Finding]:
 def ended(store: Store, run_id: int, now: Sequence[Finding]) -> list[Finding]:
     """What was found before, and does not hold any more: all on record that is not there now."""
     holds = {finding.finding for finding in now}
-    past = [f for f in store.findings(run_id) if f.ended_at is not None]
+    past = [f for f in concluded(store, run_id) if f.ended_at is not None]
     return [finding for finding in past if finding.finding not in holds]
+
+
+def concluded(store: Store, run_id: int) -> list[Finding]:
+    """What is on record of a run, ended or not.
+
+    What the agent saw in a loop ended where the run was resumed, by a loop in which it has not been
+    seen in as many steps as it takes.
+    """
+    found, last = store.findings(run_id), store.last_step(run_id)
+    if last is None or not any(_in_the_loop(finding) for finding in found):
+        return found
+    resumed = store.events(run_id, kind="run_resumed")
+    for i, finding in enumerate(found):
+        since = [event for event in resumed if finding.last_step < event.step <= last - _ENOUGH]
+        if since and _in_the_loop(finding):
+            found[i] = dataclasses.replace(finding, ended_at=since[-1].time)
+    return found
+
+
+def _in_the_loop(finding: Finding) -> bool:
+    return finding.finding in OF_THE_AGENT and finding.ended_at is None
 
 
 def signs(window: Window, open_: Collection[str] = ()) -> list[Sign]:

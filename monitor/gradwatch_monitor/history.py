@@ -24,7 +24,7 @@ from gradwatch.summaries import (
     spikes,
     windowed,
 )
-from gradwatch_monitor.diagnose import signs, window_of
+from gradwatch_monitor.diagnose import concluded, signs, window_of
 from gradwatch_monitor.diagnosis.rates import STILL, relative_to_norm
 from gradwatch_monitor.timeline import Blocks
 
@@ -98,7 +98,7 @@ class History:
             store.run(run_id),
             first_of(blocks, columns["step"]),
             store.last_change(run_id),
-            store.findings(run_id),
+            concluded(store, run_id),
         )
         window = window_of(store, run_id)
         norms, threshold, clipped, nonfinite, loss = (columns[name] for name in COLUMNS)

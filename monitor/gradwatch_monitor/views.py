@@ -9,6 +9,7 @@ import pandas as pd
 from tsdownsample import MinMaxLTTBDownsampler
 
 from gradwatch_monitor.applying import outcomes
+from gradwatch_monitor.diagnose import concluded
 from gradwatch_monitor.evidence import BURN_IN
 from gradwatch_monitor.history import COLUMNS, History, facts, first_of
 from gradwatch_monitor.store import status_of
@@ -74,7 +75,7 @@ class Timeline:
     def refresh(self, store: Store) -> None:
         """Read the steps that have come since."""
         self._change = store.last_change(self.run_id)
-        self._findings = store.findings(self.run_id)
+        self._findings = concluded(store, self.run_id)
         past = store.past(self.run_id)
         if past != self._past or len(self["step"]) > 2 * RECENT:
             self._past = past

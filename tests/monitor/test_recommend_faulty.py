@@ -99,20 +99,36 @@ def test_leaps_of_a_run_that_learns_are_no_explosion():
     assert stuck.verdict == "fix_training"
 
 
-def test_a_loop_that_zeroes_nothing_is_mended_before_its_threshold(tmp_path):
-    """Really trained, clipped all along, and its loss falls all the same."""
+@pytest.fixture
+def forgetful(tmp_path):
+    """Really trains: `forgetful(steps, zeroes)` goes on with the same run, by a loop that zeroes or not."""
     torch.manual_seed(0)
     model = torch.nn.Linear(8, 1)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     url = f"sqlite:///{tmp_path}/forgotten.db"
-    agent = gradwatch.Agent(optimizer, store=url, metrics_port=None)
-    for _ in range(200):
-        x = torch.randn(32, 8)
-        loss = (model(x)[:, 0] - x.sum(1)).square().mean()
-        loss.backward()
-        agent.log(loss=loss)
-        optimizer.step()
-    agent.close()
+
+    def go_on(steps, resume=None, *, zeroes):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        agent = gradwatch.Agent(optimizer, store=url, metrics_port=None, run="job")
+        if resume:
+            agent.load_state_dict(resume)
+        for _ in range(steps):
+            if zeroes:
+                optimizer.zero_grad()
+            x = torch.randn(32, 8)
+            loss = (model(x)[:, 0] - x.sum(1)).square().mean()
+            loss.backward()
+            agent.log(loss=loss)
+            optimizer.step()
+        state = agent.state_dict()
+        agent.close()
+        return url, state
+
+    return go_on
+
+
+def test_a_loop_that_zeroes_nothing_is_mended_before_its_threshold(forgetful):
+    """Clipped all along, and its loss falls all the same."""
+    url, _ = forgetful(200, zeroes=False)
     with Store(url) as store:
         result, found = recommend(store, 1), diagnose(store, 1)
     assert (result.verdict, result.policy) == ("fix_training", ClipNorm(1.0))
@@ -121,3 +137,15 @@ def test_a_loop_that_zeroes_nothing_is_mended_before_its_threshold(tmp_path):
     assert not any("learning rate" in reason for reason in result.reasons)
     assert found[0].finding == "gradients_not_zeroed"
     assert {f.finding for f in found}.isdisjoint({"clipping_every_step", "clipping_most_steps"})
+
+
+def test_a_loop_that_was_mended_and_resumed_is_told_so_no_more(forgetful):
+    """As soon as it has gone on for so long that it would have been seen."""
+    state = None
+    for steps, zeroes, told in ((200, False, True), (100, True, True), (501, True, False)):
+        url, state = forgetful(steps, state, zeroes=zeroes)
+        with Store(url) as store:
+            result, found = recommend(store, 1), diagnose(store, 1)
+            assert len(store.runs()) == 1
+        assert ("gradients_not_zeroed" in {f.finding for f in found}) == told
+        assert any("never zeroed" in reason for reason in result.reasons) == told
