@@ -94,9 +94,8 @@ def _reached(of, others, jobs):
     ]
     again = [not c.second.diverged for c in every if c.verdict == "fix_training" and c.second]
     windows = [o.windows for _, method, o in others if method == "TargetRatio"]
-    right = [
-        name for name, chains in of.items() if all(c.verdict == jobs[name].expected for c in chains)
-    ]
+    labelled = {name: chains for name, chains in of.items() if jobs[name].expected}
+    right = [n for n, chains in labelled.items() if all(_as_labelled(c, jobs) for c in chains)]
     table = _table("measure", "to reach", "reached")
     for row in (
         ("recommended, in the band", "95 %", _share([c.recommended.in_band for c in fit])),
@@ -123,15 +122,19 @@ def _reached(of, others, jobs):
         ),
         ("diverge unclipped, finish as recommended", "all", _saved(saved, of)),
         ("saved by a constant; asked again, and finish under that", "all", _share(again)),
-        ("verdict as labelled, all seeds", f"{len(of)}", f"{len(right)} of {len(of)}"),
+        ("verdict as labelled, all seeds", f"{len(labelled)}", f"{len(right)} of {len(labelled)}"),
         (
             "verdict as labelled, seeds",
             "",
-            _share([c.verdict == jobs[c.job].expected for c in every]),
+            _share([_as_labelled(c, jobs) for chains in labelled.values() for c in chains]),
         ),
     ):
         table.add_row(*row)
     return table
+
+
+def _as_labelled(chain, jobs):
+    return chain.verdict == jobs[chain.job].expected
 
 
 def worse(chains):
