@@ -160,9 +160,11 @@ class Evidence:
     def growth(self) -> str | None:
         """The sentence that says how the level of the norms grows, None where it does not.
 
-        Falling norms are what a run that converges has.
+        Falling norms are what a run that converges has, and others after a threshold was changed.
         """
-        levels = np.log(self.late.levels(0.8))
+        levels = np.log(self.since.levels(0.8))
+        if not len(levels):
+            return None
         rises = levels - np.minimum.accumulate(levels)
         top = int(rises.argmax())
         if rises[top] < _DRIFT:

@@ -271,6 +271,17 @@ def test_growing_norms_are_not_healthy():
         assert not any("keep the tight" in reason for reason in result.reasons)
 
 
+def test_norms_that_rose_as_a_threshold_was_loosened_do_not_explode():
+    """What came with a change is of the change; what grows after it grows."""
+    norms = lognormal(2000, spread=0.2)
+    norms[800:] *= 5
+    changed = {"threshold": np.where(np.arange(2000) < 800, 1.0, 8.0), "changed_at": 800}
+    assert recommend_from(history(norms, **changed)).verdict == "not_needed"
+    norms[800:] *= np.exp(np.linspace(0, 3, 1200))
+    result = recommend_from(history(norms, **changed))
+    assert (result.verdict, "grows" in result.reasons[0]) == ("fix_training", True)
+
+
 def test_where_the_band_would_do_harm_that_is_said():
     """Norms that fall a hundredfold: what clips a fifth of the end chokes the start."""
     falling = np.exp(np.linspace(0, -7, 1500)) * lognormal(1500, spread=0.1)
