@@ -2,16 +2,19 @@
 
 import html
 import json
+import math
 import re
 import sqlite3
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from live import live
 from stores import lognormal, write_run
 
+from gradwatch_dashboards.web import charts
 from gradwatch_monitor import Store, recommend
 from gradwatch_monitor.applying import applied, recommended, wait
 
@@ -209,3 +212,24 @@ def test_a_run_of_which_only_summaries_are_left(run):
         assert len(store.steps(1)) == 0
     assert run("report", "1")[0] == 0
     assert "5,500" in Page(Path("report.html").read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("losses", "scale"),
+    [
+        ([2.3, 110.0, math.nan, 2.2], "log"),
+        ([2.3, 1.0, 0.2], None),
+        ([-3.0, 110.0, 2.0], None),
+        ([math.nan, math.nan], None),
+    ],
+)
+def test_a_loss_that_spans_powers_of_ten_is_drawn_on_a_log_scale(losses, scale):
+    """One leap to a hundred would leave a flat line; what is not above 0 has no logarithm."""
+    frame = pd.DataFrame({"step": range(len(losses)), "loss": losses})
+    events = pd.DataFrame({"step": [], "kind": [], "message": []})
+    drawn = charts.loss(frame, events).to_dict()
+    (y,) = [
+        part["encoding"]["y"] for part in drawn["layer"] if "loss" in str(part["encoding"]["y"])
+    ]
+    assert y["scale"].get("type") == scale
+    assert ("log" in y["title"]) == (scale == "log")

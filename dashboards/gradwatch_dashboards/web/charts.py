@@ -39,6 +39,7 @@ _EVENT_NAMES = {
     "records_dropped": "records lost",
 }
 _APPLIED, _APPLIED_COLOUR = "threshold applied", "#12806a"
+_WIDE = 20.0  # times the least loss, from which on a loss is drawn on a log scale
 _MARKS_AT_MOST = 200
 _CROWD = 40  # marks, above which they are drawn fainter: the lines are what matters
 _LEGEND = alt.Legend(
@@ -145,18 +146,29 @@ def loss(
     changes: pd.DataFrame | None = None,
     stretches: pd.DataFrame | None = None,
 ) -> alt.LayerChart:
-    """The loss over the steps, with its own events, stretches of NaN, changes of the threshold."""
+    """The loss over the steps, with its own events, stretches of NaN, changes of the threshold.
+
+    One that spans a factor of twenty, as a diverged run's does, is drawn on a log scale.
+    """
     x = _step_axis(frame["step"])
+    y = alt.Y(
+        "loss:Q", title="loss", axis=alt.Axis(format="~r"), scale=alt.Scale(zero=False, nice=True)
+    )
+    known = frame["loss"][np.isfinite(frame["loss"])]
+    if known.min() > 0 and known.max() > _WIDE * known.min():
+        y = alt.Y(
+            "loss:Q", title="loss (log scale)", scale=alt.Scale(type="log", nice=False, padding=8),
+            axis=alt.Axis(format="~g", values=_log_ticks(known)),
+        )  # fmt: skip
     line = (
         alt.Chart(frame)
         .mark_line(strokeWidth=1.2, color=_NORM_COLOURS[AFTER], clip=True)
         .encode(
             x=x,
-            y=alt.Y("loss:Q", title="loss", axis=alt.Axis(format="~r"),
-                    scale=alt.Scale(zero=False, nice=True)),
+            y=y,
             tooltip=[alt.Tooltip("step:Q", format=","), alt.Tooltip("loss:Q", format=".4g")],
         )
-    )  # fmt: skip
+    )
     area = _areas(stretches, x)
     rules = _rules(_outside(events, stretches), ("nonfinite_loss", "loss_spike"), x)
     return _layered(area, rules, line, *_applied(changes, x), height=250)
