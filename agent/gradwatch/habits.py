@@ -65,9 +65,9 @@ class NotZeroed(_Flagged):
             "critical",
             steps[0],
             steps[-1],
-            f"the gradients are never zeroed: in {self.FROM} steps that were looked at, the gradient "
-            "was that of the step before, as it was applied, with the new one added to it. Every step "
-            "follows all batches so far.",
+            f"the gradients are not zeroed: in {self.FROM} steps that were looked at, the gradient was "
+            "that of the step before, as it was applied, with the new one added to it, so that a step "
+            "follows the batches before it as well.",
             "Call optimizer.zero_grad() once a step, before backward() or after step(). To add up "
             "several batches, call step() and zero_grad() once after all of them.",
             {"steps": self.FROM, "source": "torch.optim.Optimizer.zero_grad"},

@@ -196,6 +196,7 @@ class StepHooks:
         self._untaught.clear()
         self._open = None
         self._carrier.abandon(optimizer)
+        self._treat.look_anew()
         self.tape = tape
 
     # -- entering a step -----------------------------------------------------------------------
@@ -340,8 +341,7 @@ class StepHooks:
         self.step = step.number + 1
         tape = self.tape or self._ensure_tape(optimizer)
         step.ended = began
-        if step.measured:
-            self._treat.afterwards.keep(step.measured[0].params, step.measured[0].grads)
+        measured = step.measured
         if self._may_defer:
             if step.deferred:
                 self._deferred.keep()
@@ -352,6 +352,8 @@ class StepHooks:
             step.lr = optimizer.param_groups[0].get("lr")
             self._log.write(tape, step)
         self.loss = None
+        if measured:
+            self._treat.afterwards.keep(measured[0].params, measured[0].grads)
         tape.overhead += self._monotonic() - began
 
     def _write(self, step: OpenStep) -> None:

@@ -86,6 +86,11 @@ class Treatment:
         self._wants_loss = any(part.policy.wants_loss for part in self.parts)
         self._learns = any(part.policy.learns for part in self.parts)
 
+    def look_anew(self) -> None:
+        """Note what the loop does as if for the first time: it may be another loop."""
+        self.afterwards.forget()
+        self.afterwards = Afterwards()
+
     @property
     def threshold(self) -> float:
         """The threshold in force, NaN where there is no single one."""

@@ -119,14 +119,14 @@ class Evidence:
 
     # -- how it moves --------------------------------------------------------------------------
 
-    def unsteadiness(self, ratio_of: Callable[[Stretch], float]) -> float:
-        """The standard deviation of a ratio over eight windows, less what chance alone makes.
+    def moves_at(self, threshold: float) -> float:
+        """How the share above a threshold moves over the run."""
+        return _moves(self.late, lambda stretch: stretch.ratio(threshold))
 
-        A window of n independent steps of which a share p is clipped has the variance p(1-p)/n.
-        """
-        ratio = ratio_of(self.late)
-        by_chance = ratio * (1 - ratio) * _WINDOWS / max(1, self.count)
-        return math.sqrt(max(0.0, float(np.var([ratio_of(w) for w in self._windows])) - by_chance))
+    @functools.cached_property
+    def moves(self) -> float:
+        """How the share that was clipped has moved since the last change of what is in force."""
+        return _moves(self.since, lambda stretch: stretch.clip_ratio)
 
     def interval(self) -> tuple[float, float]:
         """The clip ratio at `tau` of a run with another seed, in four of five cases.
@@ -235,10 +235,6 @@ class Evidence:
         )
 
     @functools.cached_property
-    def _windows(self) -> list[Stretch]:
-        return self.history.windows(_WINDOWS, BURN_IN)
-
-    @functools.cached_property
     def _phases(self) -> list[Stretch]:
         count = min(_PHASES, max(1, self.whole.steps // 20))
         return [phase for phase in self.history.windows(count) if phase.count]
@@ -246,3 +242,14 @@ class Evidence:
     @functools.cached_property
     def _levels(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         return np.array([phase.quantile(0.5) for phase in self._phases])
+
+
+def _moves(stretch: Stretch, ratio_of: Callable[[Stretch], float]) -> float:
+    """The standard deviation of a ratio over eight windows, less what chance alone makes.
+
+    A window of n independent steps of which a share p is clipped has the variance p(1-p)/n.
+    """
+    ratio = ratio_of(stretch)
+    by_chance = ratio * (1 - ratio) * _WINDOWS / max(1, stretch.count)
+    variance = float(np.var([ratio_of(window) for window in stretch.windows(_WINDOWS)]))
+    return math.sqrt(max(0.0, variance - by_chance))

@@ -134,9 +134,7 @@ class History:
 
     def windows(self, n: int, since: float = 0.0) -> list[Stretch]:
         """`n` stretches of as many steps each, in time order."""
-        whole = self.since(since)
-        cuts = np.linspace(0, whole.steps, n + 1).astype(int).tolist()
-        return [whole.cut(start, stop) for start, stop in itertools.pairwise(cuts)]
+        return self.since(since).windows(n)
 
     @functools.cached_property
     def losses(self) -> Losses | None:
@@ -232,6 +230,11 @@ class Stretch:
         return self.history.stretch(
             (self.over[0] + at[0], self.over[0] + at[1]), (exact[0], exact[1])
         )
+
+    def windows(self, n: int) -> list[Stretch]:
+        """`n` stretches of it, of as many steps each, in time order."""
+        cuts = np.linspace(0, self.steps, n + 1).astype(int).tolist()
+        return [self.cut(start, stop) for start, stop in itertools.pairwise(cuts)]
 
     def column(self, name: str) -> Array:
         """A column of its blocks."""

@@ -46,6 +46,8 @@ def judge(seen: Evidence, band: tuple[float, float]) -> Judgement:
 
 def unknown(seen: Evidence) -> Judgement | None:
     """No threshold can be read from it: the true norms are not there, or too few."""
+    if seen.history.not_zeroed:
+        return None if seen.count >= AT_LEAST else _faults(seen)
     if (wall := seen.wall()) is not None:
         top, share = wall
         return "not_enough_data", None, [
@@ -187,9 +189,10 @@ def _constant(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     """What is in force, if it does its work; or a constant near it that clips evenly."""
     return (
         _keep(seen, band, margin=1.0)
+        or _uneven(seen, band, margin=1.0)
         or _change(seen, band)
-        or (None if seen.constant else _keep(seen, band, margin=_MARGIN))
-        or _uneven(seen, band)
+        or (None if seen.constant else _keep(seen, band, _MARGIN))
+        or _uneven(seen, band, _MARGIN)
     )
 
 
@@ -200,28 +203,21 @@ def _keep(seen: Evidence, band: tuple[float, float], margin: float) -> Judgement
     if not seen.constant:
         by = f"{seen.history.policy} holds" if seen.history.policy else "what is in force clips"
         return "keep", None, [f"{by} {share}"]
-    moves = seen.unsteadiness(lambda stretch: stretch.clip_ratio)
-    if moves > _EVEN:
+    if seen.moves > _EVEN and seen.history.norm_type == 2.0:
         return None
-    return (
-        "keep",
-        None,
-        [f"what is in force clips {share}, and evenly so over the run ({_deviates(moves)})"],
-    )
+    how = "evenly so over the run" if seen.moves <= _STEADY else "its share moves"
+    return "keep", None, [f"{seen.held:g} clips {share}; {how} ({_deviates(seen.moves)})"]
 
 
-def _uneven(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
+def _uneven(seen: Evidence, band: tuple[float, float], margin: float) -> Judgement | None:
     """A constant in force that clips a share in the band, but all at once: a controller near it."""
-    share, held = _in_force(seen, band, _MARGIN), seen.held
-    if share is None or held is None or seen.history.norm_type != 2.0:
-        return None
-    moves = seen.unsteadiness(lambda stretch: stretch.clip_ratio)
-    if moves <= _STEADY:
+    share, held = _in_force(seen, band, margin), seen.held
+    if share is None or held is None or seen.moves <= _STEADY or seen.history.norm_type != 2.0:
         return None
     policy = TargetRatio(*band, cap=float(f"{_CAP_OF_UNEVEN * held:.3g}"), initial=held)
     return "use_policy", policy, [
-        (f"{held:g} clips {share}, but unevenly ({_deviates(moves)}): how long the norms are large "
-        "differs from seed to seed, so no constant can be counted on"),
+        (f"{held:g} clips {share}, but unevenly ({_deviates(seen.moves)}): how long the norms are "
+        "large tends to differ from seed to seed, so no constant can be counted on"),
         (f"{policy} follows them where they are small, and where they are large is never above "
         f"{_CAP_OF_UNEVEN:g} times what clips them now"),
     ]  # fmt: skip
@@ -238,7 +234,7 @@ def _in_force(seen: Evidence, band: tuple[float, float], margin: float) -> str |
 
 def _change(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     tau = seen.tau
-    moves = seen.unsteadiness(lambda stretch: stretch.ratio(tau))
+    moves = seen.moves_at(tau)
     if moves > _STEADY or seen.known < _KNOWN or _is_far(seen, band[1]):
         return None
     return "change", ClipNorm(tau, seen.history.norm_type), [
@@ -269,7 +265,7 @@ def _policy(seen: Evidence, band: tuple[float, float]) -> Judgement:
 
 def _why_no_constant(seen: Evidence) -> str:
     tau = seen.tau
-    moves = seen.unsteadiness(lambda stretch: stretch.ratio(tau))
+    moves = seen.moves_at(tau)
     would = f"{tau:g} would clip {100 * seen.ratio(tau):.0f} % of the next run"
     if seen.known < _KNOWN:
         shows = f"the first {100 * seen.known:.0f} %" if seen.known >= 0.01 else "next to nothing"
@@ -298,7 +294,7 @@ def _outside(seen: Evidence, band: tuple[float, float]) -> list[str]:
     if ratio is None:
         return []
     at = f" at {seen.current_threshold:g}" if seen.constant else ""
-    where = "below" if ratio < low else "above"
+    where = "below" if ratio < low else "inside" if ratio <= band[1] else "above"
     told = [
         f"{over(seen)} {100 * ratio:.0f} % were clipped{at}, {where} the band of {_percent(band)}"
     ]

@@ -1,7 +1,9 @@
 """A loop that clips by itself is recognised; loops that do not are left in peace."""
 
+import io
 import itertools
 import math
+import warnings
 import weakref
 
 import pytest
@@ -246,15 +248,62 @@ def test_one_batch_over_and_over_is_no_proof(zero):
     assert [f.finding for f in sink.findings] == ["gradients_not_zeroed"] * (zero == "not at all")
 
 
+def test_a_head_whose_loss_weighs_nothing_proves_nothing():
+    """Its gradient is 0, and so is what is added: no sum, however it is zeroed."""
+    body, head = torch.nn.Linear(8, 8), torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD([*body.parameters(), *head.parameters()], lr=1e-3)
+    agent = gradwatch.Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
+    for step in range(100):
+        ZEROES["through .data"](optimizer)
+        seen = body(torch.randn(16, 8))
+        (seen.square().mean() + (step > 50) * head(seen).square().mean()).backward()
+        optimizer.step()
+    agent.close()
+    assert not sink.findings
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_gradients_that_no_backward_pass_makes(trained):
+    """Written by hand into the same tensor, as into a float32 master: all is on record, no hook stays."""
+    weight = torch.nn.Parameter(torch.zeros(8), requires_grad=trained)
+    weight.grad = torch.zeros(8)
+    optimizer = torch.optim.SGD([weight], lr=1e-3)
+    agent = gradwatch.Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
+    for _ in range(200):
+        weight.grad.copy_(torch.randn(8))
+        optimizer.step()
+        assert len(weight._backward_hooks or ()) <= 1
+    agent.close()
+    assert len(sink.rows) == 200
+    assert not sink.findings
+    assert not weight._backward_hooks
+
+
+def test_a_loop_that_is_not_mended_is_told_again_when_it_is_resumed():
+    """In the same process: a new attempt is looked at anew."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    agent = gradwatch.Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
+    for _ in range(2):
+        for _ in range(20):
+            model(torch.randn(16, 8)).square().mean().backward()
+            optimizer.step()
+        agent.load_state_dict(agent.state_dict())
+    agent.close()
+    assert [f.finding for f in sink.findings] == ["gradients_not_zeroed"] * 2
+
+
 def test_an_agent_that_goes_away_leaves_no_hook():
-    """Whenever it is closed; what it waits for comes once."""
-    for steps in range(3, 8):
+    """Whenever it is closed; and while one is there, a saved parameter does not warn of it."""
+    for steps in range(1, 10):
         model = mlp()
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         agent = gradwatch.Agent(optimizer, store=MemorySink(), metrics_port=None)
         for _ in range(steps):
             model(torch.randn(16, 8)).square().mean().backward()
             optimizer.step()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            torch.save(list(model.parameters()), io.BytesIO())
         agent.close()
-        model(torch.randn(16, 8)).square().mean().backward()
         assert not any(p._backward_hooks for p in model.parameters())

@@ -127,6 +127,30 @@ def test_what_clips_a_fifth_in_bursts_is_no_constant_to_keep():
     assert at_the_edge.verdict == "change"
 
 
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("changed_at", [400, 500])
+def test_a_constant_that_was_applied_and_does_its_work_is_kept(changed_at, optimizer):
+    """How evenly it clips is asked of the steps since; before it, nearly all were clipped."""
+    norms = lognormal(1000)
+    held = float(np.quantile(norms[changed_at:], 0.8))
+    threshold = np.where(np.arange(1000) < changed_at, 0.5 * held, held)
+    result = recommend_from(
+        history(norms, threshold=threshold, changed_at=changed_at, optimizer=optimizer)
+    )
+    assert (result.verdict, result.policy) == ("keep", None)
+    assert "evenly so" in result.reasons[0]
+
+
+def test_what_no_controller_can_follow_is_kept_though_uneven():
+    """`TargetRatio` is of L2 norms."""
+    norms = lognormal(1000, spread=0.3)
+    norms[400:550] *= 2.5
+    result = recommend_from(history(norms, threshold=1.6, norm_type=math.inf))
+    assert (result.verdict, result.policy) == ("keep", None)
+    assert "its share moves" in result.reasons[0]
+    assert not any("above the band" in reason for reason in result.reasons)
+
+
 @pytest.mark.parametrize("threshold", [1000.0, None])
 def test_a_healthy_run_needs_no_clipping(threshold):
     """Clipped rarely, or watched only, and no spikes: nothing is wrong, and that is said."""
