@@ -96,9 +96,9 @@ def concluded(store: Store, run_id: int) -> list[Finding]:
         return found
     resumed = store.events(run_id, kind="run_resumed")
     for i, finding in enumerate(found):
-        since = [event for event in resumed if finding.last_step < event.step <= last - _ENOUGH]
+        since = [e.time for e in resumed if finding.last_step < e.step <= last - _ENOUGH]
         if since and _in_the_loop(finding):
-            found[i] = dataclasses.replace(finding, ended_at=since[-1].time)
+            found[i] = dataclasses.replace(finding, ended_at=min(since))
     return found
 
 
