@@ -31,6 +31,7 @@ _BURST = 2.0  # log(q98 / median) within 100 steps, from which on the run explod
 _DRIFT = 1.2  # growth of the windowed log(q80), from which on the run explodes
 _CONVERGED = 2.5  # log of the fall of the level, from which on the end says nothing of the start
 _LEAP = 4.0  # times the median of the start: norms there are of a start that blew up
+_STIRS = 0.05  # of the weights' norm: by less, no loss is blown up
 _TIGHT = 5.0  # times the threshold, reached by the norms of a start that clipping kept in hand
 
 # The next run's norms are those of this one times exp(u), |u| ≤ reach in four of five cases:
@@ -174,9 +175,10 @@ class Evidence:
 
     def divergence(self) -> str | None:
         """The sentence that says that loss and weights, or norms, blew up and did not come back."""
-        if (weights := self.history.signs.get("exploding_weights")) is not None:
+        weights = self.history.signs.get("exploding_weights")
+        if weights is not None and weights.severity == "critical":
             return weights.message
-        loss = self.history.losses
+        loss = None if self.stands_still() else self.history.losses
         if loss is None or loss.last < loss.first or loss.top_of_start < 1.5 * loss.first:
             return None
         if not self.start.quantile(0.98) > _LEAP * self.start.quantile(0.5):
@@ -199,6 +201,10 @@ class Evidence:
         """How far a gradient of that norm, if it stays, moves the weights; NaN where it is not known."""
         moves = self.history.moves if self.history.norm_type == 2.0 else None
         return math.nan if moves is None else moves * threshold
+
+    def stands_still(self) -> bool:
+        """Whether all steps together, as they were clipped, cannot have moved the weights: nothing leapt."""
+        return self.held is not None and self.stride(self.held) * self.whole.steps < _STIRS
 
     def learns(self) -> bool:
         """Whether the loss fell to under a fifth of what it began at: leaps did it no harm."""

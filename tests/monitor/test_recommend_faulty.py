@@ -72,6 +72,29 @@ def test_weights_that_exploded_are_a_divergence():
     assert (told.verdict, told.policy) == ("fix_training", ClipNorm(1.0))
 
 
+def test_weights_that_grew_by_little_are_no_divergence():
+    """As a policy's do that learns to win more: a warning, and no verdict."""
+    sign = Sign("exploding_weights", "warning", 1.2, (0, 999), "the weights grew", "", "")
+    told = recommend_from(history(lognormal(1000, middle=5.0), signs={sign.finding: sign}))
+    assert told.verdict != "fix_training"
+
+
+def test_steps_that_are_clipped_to_nothing_blow_up_no_loss():
+    """Batches of very different sizes, summed: norms and losses leap by themselves, all along."""
+    generator = np.random.default_rng(0)
+    size = np.exp(generator.normal(0, 0.5, 1000))
+    size[20:30] = 6.0
+    loss = 3000 * np.exp(generator.normal(0, 0.6, 1000))
+    loss[:5] = 2000.0
+    told = {
+        moves: recommend_from(history(1e4 * size, loss=loss, optimizer="SGD", moves=moves))
+        for moves in (1e-6, 1e-2)
+    }
+    assert told[1e-6].verdict == "use_policy"
+    assert "gets on slowly" in told[1e-6].reasons[1]
+    assert told[1e-2].verdict == "fix_training"
+
+
 def test_after_a_divergence_a_tight_constant_is_a_lower_learning_rate_by_sgd_alone():
     """A tenth of the usual norm; by Adam nothing of the kind."""
     norms = lognormal(1000, middle=0.3, spread=0.1)

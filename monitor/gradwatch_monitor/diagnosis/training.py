@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from gradwatch_monitor.diagnosis.window import Array, Rule, Sign, Window
+from gradwatch_monitor.diagnosis.window import Array, Rule, Severity, Sign, Window
 
 __all__ = [
     "RULES",
@@ -30,6 +30,7 @@ _LEAST = 1e-12  # losses below it are 0
 _AGAIN = 0.5  # of the first loss: a loss that rises from near 0 by little is no explosion
 _NEARLY_ALL = 0.95  # of the steps
 _GROWTH = math.log(3.0)  # of the weights, within the window
+_GRAVE = math.log(10.0)  # less is seen where a policy learns well: its loss rises with what it wins
 
 
 def usable(loss: Array) -> Array:
@@ -168,8 +169,9 @@ def exploding_weights(window: Window) -> Sign | None:
     steps = layers.step[known]
     lowest_at = int(steps[int(totals.argmin())])
     anew = f"start from a checkpoint of about step {lowest_at:,}" if lowest_at else "start anew"
+    severity: Severity = "critical" if growth >= _GRAVE else "warning"
     return Sign(
-        "exploding_weights", "critical", growth / _GROWTH, (int(steps[0]), int(steps[-1])),
+        "exploding_weights", severity, growth / _GROWTH, (int(steps[0]), int(steps[-1])),
         f"the weights' norm grew from {totals.min():.3g} to {totals[-1]:.3g} while the loss rose",
         f"{_LEARNING_RATE}, add weight decay, and {anew}.",
         _PASCANU, {"from": float(totals.min()), "to": float(totals[-1])},

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["Array", "Flags", "LayerSamples", "Rule", "Sign", "Window"]
+__all__ = ["Array", "Flags", "LayerSamples", "Rule", "Severity", "Sign", "Window"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
