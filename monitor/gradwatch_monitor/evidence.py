@@ -118,6 +118,11 @@ class Evidence:
         """The 80th percentile of the first norms."""
         return float(self.late.levels(0.8)[0])
 
+    def level_of_end(self) -> float:
+        """The 80th percentile of the last eighth of the norms; 0 where there are none."""
+        last = self.late.windows(_WINDOWS)[-1]
+        return last.quantile(0.8) if last.count else 0.0
+
     # -- how it moves --------------------------------------------------------------------------
 
     def moves_at(self, threshold: float) -> float:

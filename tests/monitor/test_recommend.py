@@ -166,8 +166,20 @@ def test_drifting_norms_need_a_policy():
     result = recommend_from(history(lognormal(2000, middle=3.0, spread=0.2) * np.exp(drift)))
     assert result.verdict == "use_policy"
     assert isinstance(result.policy, TargetRatio)
-    assert result.policy.cap == pytest.approx(3 * result.threshold, rel=1e-2)
+    assert result.policy.cap == pytest.approx(1.5 * result.threshold, rel=1e-2)
     assert result.threshold is not None
+
+
+def test_a_cap_has_room_for_what_a_run_ends_at():
+    """Norms that rise need it; a run by SGD that was clipped to next to nothing tells little of it."""
+    drift = np.linspace(-0.45, 0.45, 2000)
+    norms = lognormal(2000, middle=3.0, spread=0.2) * np.exp(drift)
+    rising = recommend_from(history(norms))
+    end = np.quantile(norms[-200:], 0.8)
+    assert end > 1.2 * rising.threshold
+    assert rising.policy.cap == pytest.approx(1.5 * end, rel=1e-2)
+    by_sgd = recommend_from(history(100 * norms, optimizer="SGD"))
+    assert by_sgd.policy.cap == pytest.approx(3 * by_sgd.threshold, rel=1e-2)
 
 
 def test_exploding_norms_are_a_training_problem():
