@@ -21,14 +21,20 @@ from gradwatch.summaries import middles
 if TYPE_CHECKING:
     from gradwatch_monitor.history import History, Stretch
 
-__all__ = ["AS_LONG_AS_THE_GRADIENT", "Repaced", "Rerun", "Same", "rerun_of"]
+__all__ = ["AS_LONG_AS_THE_GRADIENT", "Repaced", "Rerun", "Same", "rerun_of", "rescales"]
 
 Array = np.ndarray[Any, Any]
 
 AS_LONG_AS_THE_GRADIENT = frozenset({"SGD", "ASGD"})
+_RESCALE = ("Adam", "RMSprop", "Adagrad", "Adadelta", "Adafactor", "Lion", "Muon")
 _WINDOW = 50  # steps, within which the order of the norms means nothing
 _AT_MOST = 400  # windows that blocks are put together to
 _LEAST = 1e-300  # a norm whose inverse is a number
+
+
+def rescales(optimizer: str) -> bool:
+    """Whether its steps are as long whatever the gradient's scale, once it has been the same for long."""
+    return any(name in optimizer for name in _RESCALE)
 
 
 class Rerun(Protocol):

@@ -96,9 +96,10 @@ def test_where_clipping_slows_a_run_down_that_is_said():
     assert not any("past the large ones" in reason for reason in by_adam.reasons)
 
 
-def test_adam_is_told_something_else_than_sgd():
-    """Under Adam a constant scale caps no learning rate."""
-    result = recommend_from(history(lognormal(1000, middle=4.0), optimizer="AdamW"))
+@pytest.mark.parametrize("optimizer", ["AdamW", "RMSprop", "Adagrad"])
+def test_who_rescales_gradients_is_told_something_else_than_sgd(optimizer):
+    """There a constant scale caps no learning rate."""
+    result = recommend_from(history(lognormal(1000, middle=4.0), optimizer=optimizer))
     assert not any("learning rate" in reason for reason in result.reasons)
     assert any("rescales every parameter" in reason for reason in result.reasons)
 

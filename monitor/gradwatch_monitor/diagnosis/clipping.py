@@ -9,6 +9,7 @@ import numpy as np
 from gradwatch.habits import ClippedTwice
 from gradwatch_monitor.diagnosis.training import spikes
 from gradwatch_monitor.diagnosis.window import Rule, Sign, Window
+from gradwatch_monitor.rerun import AS_LONG_AS_THE_GRADIENT, rescales
 
 __all__ = [
     "RULES",
@@ -43,13 +44,16 @@ def _clipped(window: Window, finding: str, at_least: float) -> Sign | None:
     share = float(recent.clipped.mean())
     if not share:
         return None
-    if "Adam" in recent.optimizer:
+    if rescales(recent.optimizer):
         meaning = (
-            f"{recent.optimizer} rescales every parameter by itself, so this changes little; but "
-            "the threshold guards against nothing that is unusual"
+            f"{recent.optimizer} rescales every parameter by itself, so this evens out how long the "
+            "gradients are, and seldom changes more; but the threshold guards against nothing that "
+            "is unusual"
         )
-    else:
+    elif recent.optimizer in AS_LONG_AS_THE_GRADIENT:
         meaning = "the threshold is a cap on the learning rate"
+    else:
+        meaning = "the threshold has a part in most steps, and guards against nothing unusual"
     return Sign(
         finding, "warning", share / at_least, recent.span(recent.clipped),
         f"{100 * share:.0f} % of the last {len(recent)} steps were clipped at "
@@ -114,7 +118,7 @@ def clipping_keeps_it_alive(window: Window) -> Sign | None:
     norms = recent.pre_norm
     known = norms[np.isfinite(norms)]
     # The steps of an adaptive optimizer are as long without clipping, which keeps nothing alive.
-    adaptive = "Adam" in recent.optimizer
+    adaptive = rescales(recent.optimizer)
     if len(known) < _AT_LEAST or not math.isfinite(recent.constant) or adaptive:
         return None
     if len(np.unique(recent.threshold[np.isfinite(recent.threshold)])) > 1:
