@@ -8,7 +8,7 @@ would have set.
     .venv/bin/python benchmarks/closed_loop.py
     .venv/bin/python benchmarks/closed_loop.py --only "CNN, digits" --seeds 3
     .venv/bin/python benchmarks/closed_loop.py --second      # on jobs that were made and labelled later
-    .venv/bin/python benchmarks/closed_loop.py --third       # and on those made after these
+    .venv/bin/python benchmarks/closed_loop.py --third       # and on those made after these, or --fourth
     .venv/bin/python benchmarks/closed_loop.py --tuning      # what the rules were fitted on
 """
 
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from jobs import in_band
 from loop_tables import show
-from workloads import JOBS, REPORTED, SECOND, THIRD, TUNING, ended, train
+from workloads import FOURTH, JOBS, REPORTED, SECOND, THIRD, TUNING, ended, train
 
 import gradwatch
 from gradwatch_monitor import Store, recommend
@@ -159,12 +159,13 @@ def main():
     kind.add_argument("--only", choices=JOBS, metavar="JOB")
     kind.add_argument("--second", action="store_true", help="the second set of jobs")
     kind.add_argument("--third", action="store_true", help="the third set of jobs")
+    kind.add_argument("--fourth", action="store_true", help="the fourth set of jobs")
     kind.add_argument("--tuning", action="store_true", help="the jobs that the rules come from")
     parser.add_argument("--seeds", type=int, default=5, help="of the closed loop")
     parser.add_argument("--others", type=int, default=3, help="seeds of the simple methods")
     parser.add_argument("--processes", type=int, default=2)
     arguments = parser.parse_args()
-    sets = {"tuning": TUNING, "second": SECOND, "third": THIRD}
+    sets = {"tuning": TUNING, "second": SECOND, "third": THIRD, "fourth": FOURTH}
     jobs = next((sets[name] for name in sets if getattr(arguments, name)), REPORTED)
     names = [arguments.only] if arguments.only else list(jobs)
     tasks = [

@@ -3,7 +3,7 @@
 With five seeds that no other table uses: runs at `ClipNorm(1.0)`, and runs at the constant that the
 simplest method reads from another seed's run at 1.0, the 80th percentile of its norms after the
 first fifth. Whatever is told of the clipped share is of the steps after the first fifth. A label of
-the third set is the same for `--first-seed` 20 and 30.
+the third and the fourth set is the same for `--first-seed` 20 and 30.
 
 - not_needed: at 1.0 no seed clips more than 5 % of the steps;
 - keep: at 1.0, four of five seeds lie in the band, and so evenly that within each of them the share
@@ -13,7 +13,7 @@ the third set is the same for `--first-seed` 20 and 30.
 - use_policy: none of these. `fix_training` is what a job is made to be.
 
     .venv/bin/python benchmarks/labels.py
-    .venv/bin/python benchmarks/labels.py --second             # the second set, or the --third
+    .venv/bin/python benchmarks/labels.py --second             # or --third, --fourth
     .venv/bin/python benchmarks/labels.py --first-seed 30      # is a label the same with five others?
 """
 
@@ -28,7 +28,7 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from workloads import JOBS, REPORTED, SECOND, THIRD, TUNING, train
+from workloads import FOURTH, JOBS, REPORTED, SECOND, THIRD, TUNING, train
 
 import gradwatch
 from gradwatch.testing import MemorySink
@@ -83,11 +83,12 @@ def main():
     kind.add_argument("--tuning", action="store_true", help="the jobs that the rules come from")
     kind.add_argument("--second", action="store_true", help="the second set of jobs")
     kind.add_argument("--third", action="store_true", help="the third set of jobs")
+    kind.add_argument("--fourth", action="store_true", help="the fourth set of jobs")
     kind.add_argument("--only", choices=JOBS, metavar="JOB")
     parser.add_argument("--first-seed", type=int, default=20)
     arguments = parser.parse_args()
     seeds = range(arguments.first_seed, arguments.first_seed + SEEDS)
-    sets = {"tuning": TUNING, "second": SECOND, "third": THIRD}
+    sets = {"tuning": TUNING, "second": SECOND, "third": THIRD, "fourth": FOURTH}
     chosen = next((sets[name] for name in sets if getattr(arguments, name)), REPORTED)
     jobs = [arguments.only] if arguments.only else list(chosen)
     table = Table(box=box.MARKDOWN)

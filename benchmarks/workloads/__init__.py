@@ -1,8 +1,8 @@
 """Training jobs small enough to be run hundreds of times, on real data or classic tasks.
 
 Each is a function `(seed) -> Workload`. What a recommendation was tuned on (`TUNING`) is never
-what it is reported on: `REPORTED`, and further sets of other jobs, `SECOND` and `THIRD`. Of the third
-the jobs whose label is not the same for two groups of five seeds have none.
+what it is reported on: `REPORTED`, and further sets of other jobs, `SECOND`, `THIRD`, `FOURTH`. Of the last
+two the jobs whose label is not the same for two groups of five seeds have none.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from workloads import (
     more_images,
     more_sequences,
     more_tables,
+    other_sequences,
+    other_tables,
     sequences,
     text,
 )
@@ -26,7 +28,18 @@ from workloads.workload import Workload, ended, train
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["JOBS", "REPORTED", "SECOND", "THIRD", "TUNING", "Job", "Workload", "ended", "train"]
+__all__ = [
+    "FOURTH",
+    "JOBS",
+    "REPORTED",
+    "SECOND",
+    "THIRD",
+    "TUNING",
+    "Job",
+    "Workload",
+    "ended",
+    "train",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +107,23 @@ THIRD = {
     "deep set, too high a rate": Job(further_tables.sums_too_fast, "fix_training"),
 }
 
+FOURTH = {
+    "Elman network, words of source text": Job(other_sequences.elman, "use_policy"),
+    "gated convolutions, source text": Job(other_sequences.gated, "not_needed"),
+    "pointer network, sorting": Job(other_sequences.pointer, "use_policy"),
+    "N-BEATS, four series in per cent": Job(other_sequences.nbeats),
+    "GRU, brackets": Job(other_sequences.matching),
+    "value iteration network, mazes": Job(other_sequences.planner, "use_policy"),
+    "echo state network, Mackey-Glass": Job(other_sequences.echo, "not_needed"),
+    "super-resolution, photograph": Job(other_tables.sharper, "not_needed"),
+    "separable CNN, rotated photographs": Job(other_tables.rotations, "use_policy"),
+    "diffusion, digits": Job(other_tables.diffusion),
+    "capsules, digits": Job(other_tables.capsules, "not_needed"),
+    "neural process, sine curves": Job(other_tables.process, "use_policy"),
+    "choice model, journeys": Job(other_tables.choices, "use_policy"),
+    "gated network, too high a rate": Job(other_tables.firms_too_fast, "fix_training"),
+}
+
 TUNING = {
     make.__name__: Job(make)
     for make in (
@@ -117,4 +147,4 @@ TUNING = {
     )
 }
 
-JOBS = {**REPORTED, **SECOND, **THIRD, **TUNING}
+JOBS = {**REPORTED, **SECOND, **THIRD, **FOURTH, **TUNING}
