@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.habits import ClippedTwice
+from gradwatch_monitor.diagnosis.rates import STILL
 from gradwatch_monitor.rerun import AS_LONG_AS_THE_GRADIENT, rerun_of
 
 if TYPE_CHECKING:
@@ -210,6 +211,11 @@ class Evidence:
     def stands_still(self) -> bool:
         """Whether all steps together, as they were clipped, cannot have moved the weights: nothing leapt."""
         return self.held is not None and self.stride(self.held) * self.whole.steps < _STIRS
+
+    def falls(self) -> bool:
+        """Whether the loss ended below where it began."""
+        loss = self.history.losses
+        return loss is not None and loss.last < STILL * loss.first
 
     def learns(self) -> bool:
         """Whether the loss fell to under a fifth of what it began at: leaps did it no harm."""

@@ -143,7 +143,8 @@ def _explosion(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
             "initialisation would need less of it"),
         ]  # fmt: skip
     bites = ratio is None or ratio >= low
-    explosion = seen.growth() or (seen.burst() if bites else None)
+    growth = None if seen.falls() else seen.growth()  # as a likelihood's do that sharpens
+    explosion = growth or (seen.burst() if bites else None)
     if not explosion or seen.learns():
         return None
     meanwhile = (

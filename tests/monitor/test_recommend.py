@@ -308,6 +308,14 @@ def test_growing_norms_are_not_healthy():
         assert not any("keep the tight" in reason for reason in result.reasons)
 
 
+def test_norms_that_grow_while_the_loss_falls_do_not_explode():
+    """A likelihood's do, as it sharpens: 54 to 36 nats. Where the loss has not fallen they do."""
+    growth = np.exp(np.linspace(0, 2, 1500)) * lognormal(1500, middle=30.0, spread=0.1)
+    for last, verdict in ((36.0, "use_policy"), (53.0, "fix_training"), (80.0, "fix_training")):
+        loss = np.linspace(54.0, last, 1500)
+        assert recommend_from(history(growth, loss=loss)).verdict == verdict
+
+
 def test_norms_that_rose_as_a_threshold_was_loosened_do_not_explode():
     """What came with a change is of the change; what grows after it grows."""
     norms = lognormal(2000, spread=0.2)
