@@ -17,7 +17,7 @@ import tempfile
 
 import numpy as np
 import torch
-from workloads import JOBS
+from workloads import FOURTH, JOBS, THIRD
 from workloads.spoiled import SPOILED, Spoiled
 
 import gradwatch
@@ -33,6 +33,7 @@ HEALTHY = [
     "perceptron", "cnn_normed", "encoder", "autoencoder", "contrastive", "tabular",
     "calm_regression",
 ]  # fmt: skip
+FRESH = [name for name, job in {**THIRD, **FOURTH}.items() if job.expected != "fix_training"]
 
 
 @dataclasses.dataclass
@@ -96,10 +97,14 @@ def look(case):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", choices=[*SPOILED, *HEALTHY])
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--only", choices=[*SPOILED, *HEALTHY, *FRESH], metavar="LOOP")
+    kind.add_argument("--fresh", action="store_true", help="healthy jobs no rule comes from")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     arguments = parser.parse_args()
-    jobs = [arguments.only] if arguments.only else [*SPOILED, *HEALTHY]
+    jobs = (
+        [arguments.only] if arguments.only else FRESH if arguments.fresh else [*SPOILED, *HEALTHY]
+    )
     cases = [(job, seed) for job in jobs for seed in range(arguments.seeds)]
     with multiprocessing.Pool(2) as pool:
         runs = collections.defaultdict(list)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gradwatch.habits import ClippedTwice
-from gradwatch_monitor.diagnosis.rates import STILL
+from gradwatch_monitor.diagnosis.rates import STILL, STIRS
 from gradwatch_monitor.rerun import AS_LONG_AS_THE_GRADIENT, rerun_of
 
 if TYPE_CHECKING:
@@ -32,7 +32,6 @@ _BURST = 2.0  # log(q98 / median) within 100 steps, from which on the run explod
 _DRIFT = 1.2  # growth of the windowed log(q80), from which on the run explodes
 _CONVERGED = 2.5  # log of the fall of the level, from which on the end says nothing of the start
 _LEAP = 4.0  # times the median of the start: norms there are of a start that blew up
-_STIRS = 0.05  # of the weights' norm: by less, no loss is blown up
 _TIGHT = 5.0  # times the threshold, reached by the norms of a start that clipping kept in hand
 
 # The next run's norms are those of this one times exp(u), |u| ≤ reach in four of five cases:
@@ -210,7 +209,7 @@ class Evidence:
 
     def stands_still(self) -> bool:
         """Whether all steps together, as they were clipped, cannot have moved the weights: nothing leapt."""
-        return self.held is not None and self.stride(self.held) * self.whole.steps < _STIRS
+        return self.held is not None and self.stride(self.held) * self.whole.steps < STIRS
 
     def falls(self) -> bool:
         """Whether the loss ended below where it began."""

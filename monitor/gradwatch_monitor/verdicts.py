@@ -145,7 +145,7 @@ def _explosion(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     bites = ratio is None or ratio >= low
     growth = None if seen.falls() else seen.growth()  # as a likelihood's do that sharpens
     explosion = growth or (seen.burst() if bites else None)
-    if not explosion or seen.learns():
+    if not explosion or seen.learns() or seen.stands_still():
         return None
     meanwhile = (
         "; keep the tight threshold meanwhile"

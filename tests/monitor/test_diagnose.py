@@ -190,8 +190,24 @@ def test_norms_that_leap_while_the_loss_stands_still():
     assert "exploding_gradients" not in told(np.full(600, 2.0), np.ones(600))
 
 
+def test_steps_that_are_clipped_to_nothing_blow_nothing_up():
+    """Batches a thousand times as large as others, and weights that have not moved: it is the data."""
+    generator = np.random.default_rng(0)
+    norms = np.exp(generator.normal(9, 1.0, 600))
+    loss = 3000 * np.exp(generator.normal(0, 0.6, 600))
+    loss[0] = 2000.0
+    weights = layer_samples(np.ones((12, 4)), np.ones((12, 4)))
+    facts = {"layers": weights, "threshold": np.ones(600), "clipped": np.ones(600, dtype=bool)}
+    for rate, moved in ((1e-6, False), (1e-3, True)):
+        settings = {"optimizer": "SGD", "gain": 10.0, "tensors": 4, "learning_rates": [rate]}
+        seen = signs(window(loss, norms, settings=settings, lr=np.full(600, rate), **facts))
+        severity = {sign.finding: sign.severity for sign in seen}
+        assert ("no_convergence" in severity) == moved
+        assert severity["exploding_gradients"] == ("critical" if moved else "warning")
+
+
 def test_weights_that_grow_with_the_loss():
-    """Tenfold while the loss doubles; growth alone is no fault, nor is a loss alone."""
+    """Tenfold while the loss doubles; growth alone is no fault, nor is a loss alone; fivefold warns."""
     grown = layer_samples(np.geomspace(1, 10, 12)[:, None] * np.ones(3), np.ones((12, 3)))
     still = layer_samples(np.ones((12, 3)), np.ones((12, 3)))
     rising = np.linspace(1.0, 2.5, 600)
@@ -200,6 +216,10 @@ def test_weights_that_grow_with_the_loss():
     assert "exploding_weights" not in told(rising, layers=still)
     nothing = np.empty(0)  # the run's beginning was pruned
     assert "exploding_weights" in told(rising, layers=grown, first_losses=nothing)
+    fivefold = layer_samples(np.geomspace(1, 5, 12)[:, None] * np.ones(3), np.ones((12, 3)))
+    for layers, severity in ((grown, "critical"), (fivefold, "warning")):
+        (sign,) = signs(window(rising, layers=layers))
+        assert (sign.finding, sign.severity) == ("exploding_weights", severity)
 
 
 def test_norms_that_rise_by_and_by():

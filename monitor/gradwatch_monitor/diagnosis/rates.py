@@ -6,11 +6,10 @@ import math
 
 import numpy as np
 
-from gradwatch_monitor.diagnosis.training import usable
-from gradwatch_monitor.diagnosis.window import Array, Rule, Sign, Window
+from gradwatch_monitor.diagnosis.window import Array, Rule, Sign, Window, usable
 from gradwatch_monitor.rerun import AS_LONG_AS_THE_GRADIENT
 
-__all__ = ["RULES", "STILL", "learning_rate_too_high", "relative_to_norm"]
+__all__ = ["RULES", "STILL", "STIRS", "learning_rate_too_high", "relative_to_norm", "stands_still"]
 
 _AS_LONG_AS_THE_RATE = {"Adam", "AdamW", "NAdam", "RAdam", "Adamax"}  # for every weight
 _SAMPLES, _LATEST = 3, 5  # of the weights: so many at least, the median of so many
@@ -19,6 +18,7 @@ _LAYERS = 4  # tensors; with fewer it is no network, but an image that is optimi
 # whose rate does harm 0.15 and more; where the loss has not fallen either, 0.1 is enough to say it.
 _TOO_HIGH, _IN_VAIN = 0.15, 0.1
 STILL = 0.95  # of the first loss
+STIRS = 0.05  # of the weights' norm: moved by less, no loss is blown up, nor mended
 
 
 def learning_rate_too_high(window: Window) -> Sign | None:
@@ -63,6 +63,14 @@ def relative_to_norm(window: Window) -> float | None:
         return None
     rates = [*window.settings.get("learning_rates", ()), *window.lr[np.isfinite(window.lr)]]
     return max(rates, default=0.0) * float(gain) / float(np.median(norms[-_LATEST:]))
+
+
+def stands_still(window: Window) -> bool:
+    """Whether all its steps together, clipped as they were, cannot have moved the weights."""
+    moves, thresholds = relative_to_norm(window), window.threshold[np.isfinite(window.threshold)]
+    if moves is None or len(thresholds) < len(window):
+        return False
+    return bool(moves * thresholds.max() * (window.step[-1] + 1) < STIRS)
 
 
 def _weights(window: Window) -> tuple[Array, Array] | None:

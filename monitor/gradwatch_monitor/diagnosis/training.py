@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from gradwatch_monitor.diagnosis.window import Array, Rule, Severity, Sign, Window
+from gradwatch_monitor.diagnosis.rates import stands_still
+from gradwatch_monitor.diagnosis.window import Array, Rule, Severity, Sign, Window, usable
 
 __all__ = [
     "RULES",
@@ -17,7 +18,6 @@ __all__ = [
     "norm_drift",
     "oscillating_loss",
     "spikes",
-    "usable",
 ]
 
 _PASCANU = "Pascanu, Mikolov, Bengio 2013, On the difficulty of training recurrent neural networks"
@@ -31,12 +31,6 @@ _AGAIN = 0.5  # of the first loss: a loss that rises from near 0 by little is no
 _NEARLY_ALL = 0.95  # of the steps
 _GROWTH = math.log(3.0)  # of the weights, within the window
 _GRAVE = math.log(10.0)  # less is seen where a policy learns well: its loss rises with what it wins
-
-
-def usable(loss: Array) -> Array:
-    """Finite losses, where they measure progress: none below 0, which some are in the end."""
-    finite = loss[np.isfinite(loss)]
-    return finite if len(finite) and finite.min() >= 0 < finite.max() else np.empty(0)
 
 
 def spikes(loss: Array, start: float) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
@@ -110,6 +104,8 @@ def no_convergence(window: Window) -> Sign | None:
     leapt = float(np.quantile(norms, 0.98)) > 4.0 * float(np.median(norms))
     if now < begun or float(max(first.max(), loss.max())) < 1.3 * begun or not leapt:
         return None
+    if stands_still(window):  # loss and norms leap from batch to batch
+        return None
     return Sign(
         "no_convergence", "critical", now / begun, window.span(),
         f"the loss, {begun:.3g} at first, blew up and is now at {now:.3g}",
@@ -137,11 +133,16 @@ def exploding_gradients(window: Window) -> Sign | None:
     strength = float(np.median(np.sort(bursts)[-3:])) / _BURST
     if learns or strength <= 0.5:
         return None
-    unknown = (
-        "" if len(loss) else " (whether the loss falls is not on record: agent.log(loss=loss))"
-    )
+    severity: Severity = "critical"
+    unknown = ""
+    if not len(loss):
+        severity = "warning"
+        unknown = " (whether the loss falls is not on record: agent.log(loss=loss))"
+    elif stands_still(window):
+        severity = "warning"
+        unknown = " (the steps are clipped to so little that the loss cannot fall)"
     return Sign(
-        "exploding_gradients", "critical" if len(loss) else "warning", strength, window.span(),
+        "exploding_gradients", severity, strength, window.span(),
         f"within 100 steps the largest norms are {math.exp(float(bursts.max())):.3g} times the "
         f"median, again and again{unknown}",
         f"{_LEARNING_RATE}; look at the initialisation (recurrent weights above 1). Keep the "

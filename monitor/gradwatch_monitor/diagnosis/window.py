@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-__all__ = ["Array", "Flags", "LayerSamples", "Rule", "Severity", "Sign", "Window"]
+__all__ = ["Array", "Flags", "LayerSamples", "Rule", "Severity", "Sign", "Window", "usable"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
@@ -123,3 +123,9 @@ class Sign:
 
 
 Rule = Callable[[Window], Sign | None]
+
+
+def usable(loss: Array) -> Array:
+    """Finite losses, where they measure progress: none below 0, which some are in the end."""
+    finite = loss[np.isfinite(loss)]
+    return finite if len(finite) and finite.min() >= 0 < finite.max() else np.empty(0)
