@@ -326,8 +326,8 @@ def remarks(seen: Evidence, verdict: Verdict) -> list[str]:
         elif rescales(optimizer):
             found.append(
                 f"{optimizer} rescales every parameter's gradient by itself, so clipping most steps "
-                "by a constant evens out how long the gradients are, and seldom changes more (one "
-                "of twenty-four jobs ended better so: compare the losses); a threshold near the top of "
+                "by a constant evens out how long the gradients are, and seldom changes more (two "
+                "of twenty-five jobs ended better so: compare the losses); a threshold near the top of "
                 "the normal range guards it against spikes"
             )
     plain, share = seen.late.ratio(seen.tau), seen.ratio(seen.tau)

@@ -49,17 +49,17 @@ def learning_rate_too_high(window: Window) -> Sign | None:
     )  # fmt: skip
 
 
-def relative_to_norm(window: Window) -> float | None:
+def relative_to_norm(window: Window, samples: int = _SAMPLES) -> float | None:
     """How far a gradient of norm 1 that stays moves the weights a step, in units of their norm.
 
     At the highest learning rate of the run, momentum counted in. None for optimizers whose steps are not
-    as long as their gradients, and where it is not known.
+    as long as their gradients, below so many `samples` of the weights, and where it is not known.
     """
     gain, sampled = window.settings.get("gain"), _weights(window)
     if not gain or sampled is None or window.optimizer not in AS_LONG_AS_THE_GRADIENT:
         return None
     _, norms = sampled
-    if len(norms) < _SAMPLES:
+    if len(norms) < samples:
         return None
     rates = [*window.settings.get("learning_rates", ()), *window.lr[np.isfinite(window.lr)]]
     return max(rates, default=0.0) * float(gain) / float(np.median(norms[-_LATEST:]))
@@ -67,7 +67,8 @@ def relative_to_norm(window: Window) -> float | None:
 
 def stands_still(window: Window) -> bool:
     """Whether all its steps together, clipped as they were, cannot have moved the weights."""
-    moves, thresholds = relative_to_norm(window), window.threshold[np.isfinite(window.threshold)]
+    moves = relative_to_norm(window, samples=1)
+    thresholds = window.threshold[np.isfinite(window.threshold)]
     if moves is None or len(thresholds) < len(window):
         return False
     return bool(moves * thresholds.max() * (window.step[-1] + 1) < STIRS)
