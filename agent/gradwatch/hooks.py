@@ -341,7 +341,6 @@ class StepHooks:
         self.step = step.number + 1
         tape = self.tape or self._ensure_tape(optimizer)
         step.ended = began
-        measured = step.measured
         if self._may_defer:
             if step.deferred:
                 self._deferred.keep()
@@ -351,9 +350,9 @@ class StepHooks:
             step.loss = self.loss
             step.lr = optimizer.param_groups[0].get("lr")
             self._log.write(tape, step)
+            if step.measured:
+                self._treat.afterwards.keep(step.measured[0].params, step.measured[0].grads)
         self.loss = None
-        if measured:
-            self._treat.afterwards.keep(measured[0].params, measured[0].grads)
         tape.overhead += self._monotonic() - began
 
     def _write(self, step: OpenStep) -> None:

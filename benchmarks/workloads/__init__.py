@@ -1,8 +1,9 @@
 """Training jobs small enough to be run hundreds of times, on real data or classic tasks.
 
-Each is a function `(seed) -> Workload`. What a recommendation was tuned on (`TUNING`) is never
-what it is reported on: `REPORTED`, and further sets of other jobs, `SECOND`, `THIRD`, `FOURTH`. Of the last
-two the jobs whose label is not the same for two groups of five seeds have none.
+Each is a function `(seed) -> Workload`. The rules were fitted on `TUNING`, and reported on `REPORTED`
+and on further sets of other jobs, `SECOND`, `THIRD`, `FOURTH`: what a set taught after its first run
+is told beside it, and what came of it reported on the next. Of the last two the jobs whose label is
+not the same for two groups of five seeds have none.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ __all__ = [
 class Job:
     """How to make it from a seed, and the verdict on its run at 1.0, labelled before any was given.
 
-    A job that is made to go wrong is `fix_training`; the other labels are what `labels.py` measured.
+    A job that is made to go wrong is `fix_training`; the other labels are what `labels.py` measured
+    when they were made.
     """
 
     make: Callable[[int], Workload]
