@@ -49,7 +49,7 @@ class Delivery:
     def __init__(self, clock: Clock, troubles: Troubles) -> None:
         self.heartbeat = 60.0  # seconds between two signs of life of a run that records nothing
         self.retry = 1.0  # seconds until the first retry; doubles with every failure
-        self.patience = 2.0  # seconds that other writers may keep us from the store, unmentioned
+        self.patience = 2.0  # seconds that others may keep us from the store, unmentioned
         self._clock = clock
         self._troubles = troubles
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import sqlalchemy as sa
 
-from gradwatch import schema
+from gradwatch import rings, schema
 from gradwatch.config import DEFAULT_STORE, redact, resolve_store, sqlite_path
 from gradwatch.errors import StoreError, StoreNotFoundError
 from gradwatch.secrets import scrub
@@ -45,7 +45,7 @@ class Database:
             self._engine = _postgres_reader(self._url)
         else:
             if not path.exists():
-                raise StoreNotFoundError(_absent(self.name))
+                raise StoreNotFoundError(_absent(self._url))
             if path.is_dir():
                 msg = f"{self.name} is a folder; name the store's file in it, as in gradwatch.db"
                 raise StoreError(msg)
@@ -84,7 +84,7 @@ class Database:
                 sqlite.check(path)  # its WAL may answer for a file that was written over
             found = schema.revision(connection)
             if found is None and not sa.inspect(connection).get_table_names():
-                raise StoreNotFoundError(_absent(self.name))
+                raise StoreNotFoundError(_absent(self._url))
             if found is None:
                 msg = f"{self.name} is a database, but not a gradwatch store"
                 raise StoreError(msg)
@@ -116,10 +116,12 @@ class Database:
             yield connection
 
 
-def _absent(name: str) -> str:
-    return (
-        f"there is no store at {name}; a job that calls gradwatch.wrap makes it at its first step"
-    )
+def _absent(url: str) -> str:
+    told = f"there is no store at {redact(url)}; a job that calls gradwatch.wrap makes it at its first step"
+    left = rings.beside(url)
+    if left is None or not any(left.glob("*.ring")):
+        return told
+    return f"{told}; {left} holds what jobs recorded: gradwatch recover stores that of killed ones"
 
 
 def _postgres_reader(url: str) -> sa.Engine:

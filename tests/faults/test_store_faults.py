@@ -13,8 +13,13 @@ from pathlib import Path
 import pytest
 from jobs import check_stored, query, stored, wait_until
 
+from gradwatch.channel import Channel
+from gradwatch.delivery import Delivery
+from gradwatch.recorder import Ring
+from gradwatch.sinks import NullSink
 from gradwatch.sinks.database import DatabaseSink
-from gradwatch.testing import run_info
+from gradwatch.testing import ManualClock, run_info
+from gradwatch.troubles import Troubles
 from gradwatch_dashboards import doctor
 
 NOBODY = 65534
@@ -44,6 +49,11 @@ def open_folder():
     folder.chmod(0o777)
     yield folder
     shutil.rmtree(folder)
+
+
+def remount(disk, how):
+    """Make a disk read-only, or one that can be written again."""
+    subprocess.run(["mount", "-o", f"remount,{how}", str(disk)], capture_output=True, check=True)
 
 
 def fill(disk):
@@ -104,6 +114,28 @@ def test_a_disk_that_fills_up(factory, small_disk, tmp_path):
     (fault,) = goes_on_and_recovers(job, store, filler.unlink)
     assert "database or disk is full (free some space on its disk)" in fault
     assert ".ring" in fault
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(1.0, []), (3.0, ["cannot write the store", "takes records again"])]
+)
+def test_what_passes_at_once_is_not_said(small_disk, caplog, seconds, said):
+    """A job may not write while a reader that is root makes SQLite's files: for a moment."""
+    store = DatabaseSink(f"sqlite:///{small_disk}/runs.db")
+    ring = Ring.in_memory({}, steps=10, events=64)
+    channel = Channel(run_info(), ring, store, NullSink(), parameters=list)
+    clock = ManualClock()
+    delivery = Delivery(clock, Troubles())
+    for how in ("ro", "ro", "rw"):
+        clock.advance(seconds)
+        remount(small_disk, how)
+        channel.urgent = True
+        delivery.serve(channel)
+        assert (channel.store.run is None) == (how == "ro")
+    assert len(caplog.messages) == len(said)
+    assert all(words in m for words, m in zip(said, caplog.messages, strict=True))
+    store.dispose()
+    ring.close()
 
 
 def test_doctor_sees_a_full_disk(small_disk, monkeypatch, tmp_path):

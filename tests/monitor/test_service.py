@@ -14,7 +14,7 @@ from pathlib import Path
 
 import kills
 import pytest
-from jobs import wait_until
+from jobs import stored, wait_until
 from stores import write_run
 
 from gradwatch_monitor import Store, service
@@ -49,20 +49,21 @@ def get(url):
             return error.code, json.load(error)
 
 
-def test_it_recovers_what_killed_jobs_left():
-    """Without anybody's asking; it says so once, and goes when it is told to."""
+@pytest.mark.parametrize(
+    "moment", [lambda _: stored("gradwatch.db") > 0, lambda _: Path("gradwatch.db").exists()]
+)
+def test_it_recovers_what_killed_jobs_left(moment):
+    """Without anybody's asking; it says so once, and goes when it is told to.
+
+    One of them is killed while it makes the store, which then is an empty file.
+    """
     with kills.Factory("gradwatch.db") as factory, monitor() as (url, process):
         wait_until(lambda: get(f"{url}healthz")[0] == 200)
-        factory.start_and_kill(7, lambda seen: seen >= 500)
-
-        def status():
-            with Store() as store:
-                return store.run("uid-7").status
-
-        wait_until(lambda: status() == "crashed")
-        with Store() as store:
-            assert store.summary(1).steps - kills.returned(7) in {0, 1}
+        factory.start_and_kill(7, moment)
         assert process.stdout.readline().startswith("job-7: crashed at step ")
+        with Store() as store:
+            assert store.run("uid-7").status == "crashed"
+            assert store.summary(1).steps - kills.returned(7) in {0, 1}
         process.send_signal(signal.SIGTERM)
         assert process.communicate(timeout=30) == ("", "")
         assert process.returncode == 0

@@ -3,6 +3,7 @@
 import dataclasses
 import sqlite3
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +110,12 @@ def test_reading_never_writes():
 def test_no_store_says_how_one_comes_to_be():
     """The error names the file, and what makes it."""
     with pytest.raises(errors.StoreNotFoundError, match=r"nix\.db.*gradwatch\.wrap"):
+        Store("nix.db")
+    Path("nix.db").touch()  # a job was killed as it made it
+    left = Path("nix.db.rings/x.ring")
+    left.parent.mkdir()
+    left.touch()
+    with pytest.raises(errors.StoreNotFoundError, match=r"nix\.db\.rings.*gradwatch recover"):
         Store("nix.db")
 
 

@@ -28,7 +28,7 @@ class NotYetError(SinkError):
 
 
 class BusyError(SinkError):
-    """Another writer has the store: no trouble unless it lasts."""
+    """Another connection keeps us from the store: no trouble unless it lasts."""
 
 
 class RefusedError(SinkError):

@@ -32,7 +32,7 @@ from gradwatch.sinks import (
     sqlite,
 )
 from gradwatch.sinks.register import bury, register
-from gradwatch.sinks.remedies import is_busy, is_refused, remedy
+from gradwatch.sinks.remedies import is_refused, may_pass, remedy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -255,7 +255,9 @@ class DatabaseSink:
             told = scrub(reason[0], self.url)
             advice = remedy(cause)
             msg = f"cannot write the store {redact(self.url)}: {told}"
-            kind = BusyError if is_busy(cause) else RefusedError if is_refused(cause) else SinkError
+            kind = (
+                BusyError if may_pass(cause) else RefusedError if is_refused(cause) else SinkError
+            )
             raise kind(f"{msg} ({advice})" if advice else msg) from error
 
     def _current_engine(self) -> sa.Engine:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import sqlite3
 
-__all__ = ["is_busy", "is_refused", "remedy"]
+__all__ = ["is_refused", "may_pass", "remedy"]
 
 _SPACE = "free some space on its disk"
 _ACCESS = "this user has to be able to write the file and its folder"
@@ -30,6 +30,7 @@ _SQLITE = {
     sqlite3.SQLITE_CANTOPEN: _ACCESS,
     sqlite3.SQLITE_IOERR: "is its disk full, or gone?",
 }
+_MAY_PASS = {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN}
 _SYSTEM = {
     errno.ENOSPC: _SPACE,
     errno.EDQUOT: _SPACE,
@@ -52,9 +53,13 @@ def remedy(error: BaseException) -> str | None:
     return _SQLITE.get(_primary_code(error))
 
 
-def is_busy(error: BaseException) -> bool:
-    """Whether all that is wrong is another connection that writes just now."""
-    return _primary_code(error) == sqlite3.SQLITE_BUSY
+def may_pass(error: BaseException) -> bool:
+    """Whether all that is wrong may be another connection: one that writes, or one of root's.
+
+    Where root reads a store first, SQLite makes the file for its shared memory as root, and gives
+    it to the store's owner a moment later.
+    """
+    return _primary_code(error) in _MAY_PASS
 
 
 def is_refused(error: BaseException) -> bool:
