@@ -65,6 +65,12 @@ def test_the_numbers_equal_sql(shown, screenshot):
     with Store("gradwatch.db") as store:
         expected = recommend(store, 1)
     expect(shown.get_by_text(expected.sentence)).to_be_visible()
+    shown.set_viewport_size({"width": 1000, "height": 1000})
+    values = shown.get_by_test_id("stMetricValue").locator("> *")
+    assert (
+        values.evaluate_all("them => them.map(it => it.scrollWidth > it.clientWidth)")
+        == [False] * 8
+    )
     screenshot(shown, "run")
     assert shown.problems == []
 

@@ -69,26 +69,14 @@ def heading(run: Run, summary: Summary) -> None:
         "NaN or inf": f"{summary.nonfinite:,}",
         "Skipped": f"{summary.skipped:,}",
         "AMP overflows": f"{summary.amp_overflows:,}",
-        "Last norm": _short(summary.last_pre_norm),
-        "Last loss": _short(summary.last_loss),
-        "Threshold": _short(summary.last_threshold),
+        "Last norm": number(summary.last_pre_norm),
+        "Last loss": number(summary.last_loss),
+        "Threshold": number(summary.last_threshold),
     }
-    for column, (label, value) in zip(st.columns(len(values)), values.items(), strict=True):
-        told = "The last finite one." if label.startswith("Last") else None
-        column.metric(label, value, help=told)
-
-
-_ROOM = 8  # characters of a tile
-
-
-def _short(value: float | None) -> str:
-    """Four digits; two and an exponent where those would be more than a tile has room for."""
-    text = number(value)
-    return (
-        text
-        if "e" not in text and len(text) <= _ROOM
-        else f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e+")
-    )
+    with st.container(horizontal=True, gap="medium"):  # its tiles go on below where it is narrow
+        for label, value in values.items():
+            told = "The last finite one." if label.startswith("Last") else None
+            st.metric(label, value, help=told, width="content")
 
 
 def advice(run: Run, recommendation: Recommendation, outcomes: Sequence[Outcome]) -> None:
