@@ -155,6 +155,10 @@ class Evidence:
         medians = [x for x in (self.late.quantile(0.5), self.start.quantile(0.5)) if x > 0]
         return min(self.late.spike, self.late.quantile(1.0) / max(medians))
 
+    def fell(self) -> bool:
+        """Whether the norms are below those that the run began with."""
+        return self.late.quantile(0.5) < self.start.quantile(0.5)
+
     def burst(self) -> str | None:
         """The sentence that says how norms jump up within a hundred steps, None where none do."""
         burst = self.late.burst

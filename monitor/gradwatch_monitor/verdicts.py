@@ -184,8 +184,9 @@ def _no_need(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
         if learns
         else "the norms are healthy"
     )
+    usual = "what was usual as it began" if seen.fell() else "what is usual"
     return "not_needed", None, [
-        f"{said}, and no norm is above {spike:.1f} times what is usual: {state}",
+        f"{said}, and no norm is above {spike:.1f} times {usual}: {state}",
         (f"{seen.tau:g} would put it in the band of {_percent(band)}; {without} without it"),
     ]  # fmt: skip
 

@@ -126,7 +126,8 @@ def positive(policy: Policy[Any], name: str, *, finite: bool = True) -> None:
         number = math.nan
     if not number > 0 or (finite and math.isinf(number)):
         kind = "a finite number above 0" if finite else "a number above 0, or inf"
-        hint = "; to never clip use ObserveOnly()" if math.isinf(number) else ""
+        never = "; to never clip use ObserveOnly(), or a number that no norm reaches"
+        hint = never if math.isinf(number) else ""
         msg = f"{type(policy).__name__}({name}={value!r}): {name} must be {kind}{hint}"
         raise ConfigurationError(msg)
     object.__setattr__(policy, name, number)
