@@ -37,17 +37,25 @@ _NAMED = 3  # parameters spelled out in a message; all of them are in the data
 _MOST_NAMED = 4000  # parameters of one event, so that it fits the flight recorder
 _LAYERS = struct.Struct("<BBIq")  # tag, whether weight norms follow, how many, step
 _LAYERS_TAG = 1  # no JSON begins with it
+_QUARTILES = (
+    1.349  # standard deviations from the first quartile of a normal distribution to the third
+)
 
 
 class NormSpikes:
-    """Finds norms above 5 times the median of the 50 finite norms before them.
+    """Finds norms above 5 times the median of the 50 finite norms before them, and out of scale.
 
-    From 20 norms on. A spike enters the window as one norm among 50, which the median does not
-    notice. One that follows another within 5 steps belongs to the same burst and is not told
+    The latter: above it by more than 4 standard deviations of their logarithms, as their quartiles
+    tell them. Norms that flicker from batch to batch, as those of small batches do once a run has
+    learnt, would spike all the time otherwise (docs/decisions.md).
+
+    From 20 norms on. A spike enters the window as one norm among 50, which median and quartiles do
+    not notice. One that follows another within 5 steps belongs to the same burst and is not told
     again. Never reset.
     """
 
     FACTOR = 5.0
+    DEVIATIONS = 4.0
     WINDOW = 50
     FROM = 20
     BURST = 5
@@ -66,22 +74,26 @@ class NormSpikes:
         if self._holds_for >= 0 and norm <= self._unsuspicious:
             self._recent.append(norm)
             return None
-        median = self._median()
+        median, deviation = self._usual()
         self._recent.append(norm)
-        if norm <= self.FACTOR * median or median <= 0.0:
+        if not norm > self.FACTOR * median:
+            return None
+        if math.log(norm) - math.log(median) <= self.DEVIATIONS * deviation:
             return None
         quiet, self._since = self._since, 0
         return median if quiet > self.BURST else None
 
-    def _median(self) -> float:
+    def _usual(self) -> tuple[float, float]:
+        """The window's median, and the standard deviation of its logarithms; NaN of a short one."""
         ordered = sorted(self._recent)
-        middle = len(ordered) // 2
-        if len(ordered) < self.FROM:
-            return math.inf
+        quarter, middle = len(ordered) // 4, len(ordered) // 2
+        if len(ordered) < self.FROM or ordered[quarter] <= 0.0:
+            return math.nan, math.nan
         # A norm that comes, and one that goes, move the median by one place at most.
         self._unsuspicious = self.FACTOR * ordered[middle - self.RENEWAL]
         self._holds_for = self.RENEWAL
-        return ordered[middle]
+        spread = math.log(ordered[-1 - quarter]) - math.log(ordered[quarter])
+        return ordered[middle], spread / _QUARTILES
 
 
 class LossSpikes:
