@@ -34,6 +34,7 @@ class Outlet:
         self.stored = 0  # step records handed over; never reset
         self.failures = 0  # in a row
         self.failing_since = 0.0
+        self.passing = False  # the last failure may pass by itself: nothing to tell yet
         self.problem: str | None = None  # what the last failure was
         self.retry_at = 0.0
         self.beat_at = 0.0

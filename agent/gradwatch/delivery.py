@@ -122,15 +122,15 @@ class Delivery:
             outlet.start_over()
             if channel.control is not None:
                 channel.control.seen = 0  # a new store counts anew
+        lasted = now - outlet.failing_since
+        outlet.passing = isinstance(error, BusyError) and lasted < self.patience
         known = isinstance(error, SinkError)
         message = str(error) if known else f"the {outlet.name} failed ({error!r})"
         where = channel.ring.place or "memory, and would not outlive a crash"
         outlet.problem = f"{message}; records are kept in {where}"
         if channel.run.recovered:
             self._leave(channel, outlet, error, message)
-        elif not isinstance(error, NotYetError) and not (
-            isinstance(error, BusyError) and now - outlet.failing_since < self.patience
-        ):
+        elif not isinstance(error, NotYetError) and not outlet.passing:
             self._troubles.report(_fault(outlet), outlet.problem)
 
     def _leave(self, channel: Channel, outlet: Outlet, error: Exception, message: str) -> None:

@@ -34,5 +34,6 @@ def lock(descriptor: int) -> bool:
 def release(descriptor: int) -> None:
     """Let go of a ring that `lock` took."""
     found = os.fstat(descriptor)
-    os.close(descriptor)
+    # Before: another file may have this inode as soon as it is closed.
     held.discard((found.st_dev, found.st_ino))
+    os.close(descriptor)

@@ -40,6 +40,7 @@ __all__ = ["Patrol", "Recovered", "left_behind", "recover"]
 
 _LOOK_SECONDS = 60.0
 _TRY_SECONDS = 20.0
+_PAUSE_SECONDS = 0.05  # between two tries of a store that somebody else has just now
 _FIELDS = {field.name for field in dataclasses.fields(RunInfo)}
 
 
@@ -83,14 +84,15 @@ def recover(
         told[path] = Recovered(path, problem=why)
 
     foreign = damaged if named else _ignore
+    delivery = Delivery(SystemClock(), _Silent())  # why it failed is returned
     total = sum(len(list(folder.glob("*.ring"))) for folder in folders)
     for path, channel in left_behind(folders, store, sink, damaged, foreign):
-        told[path] = _store(path, channel)
+        told[path] = _store(path, channel, delivery)
         progress(len(told), total)
     # Once more: a rank may have come before the rank 0 whose run it belongs to.
     if any(found.problem for found in told.values()):
         for path, channel in left_behind(folders, store, sink, damaged, foreign):
-            told[path] = _store(path, channel)
+            told[path] = _store(path, channel, delivery)
     progress(total, total)
     return list(told.values())
 
@@ -221,15 +223,18 @@ def _ignore(path: Path, why: str) -> None:
     """Tell nobody."""
 
 
-def _store(path: Path, channel: Channel) -> Recovered:
+def _store(path: Path, channel: Channel, delivery: Delivery) -> Recovered:
     """Bring one ring to the store, here and now."""
-    delivery = Delivery(SystemClock(), _Silent())  # there is one try: why it failed is returned
     run, head = channel.run, channel.ring.heads[0]
     last = channel.ring.read_steps(max(0, head - 1)).records["step"]
-    while not channel.closed.is_set() and not channel.store.failures:
+    while not channel.closed.is_set() and (not channel.store.failures or channel.store.passing):
+        channel.urgent = True
         delivery.serve(channel)
+        if channel.store.passing:
+            time.sleep(_PAUSE_SECONDS)
     problem = None
     if not channel.complete:
+        delivery.patience = 0.0  # the next would wait as long in vain
         channel.ring.close()
         problem = channel.store.problem
     elif path.exists():

@@ -7,6 +7,7 @@ import json
 import os
 import sqlite3
 import urllib.parse
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import sqlalchemy as sa
@@ -20,7 +21,6 @@ from gradwatch_monitor.told import telling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
     from types import TracebackType
 
 __all__ = ["Database"]
@@ -52,8 +52,10 @@ class Database:
             self._engine = _sqlite_reader(path)
         try:
             self._check(path)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, StoreError) and path is not None and _is_unfinished(path):
+                raise StoreNotFoundError(_absent(self._url)) from None
             raise
 
     @property
@@ -106,7 +108,7 @@ class Database:
             if path is not None:
                 # The last connection that closes would fold the WAL back, under no lock of ours.
                 sqlite.checkpoint(engine, path)
-                sqlite.let_go(engine, path)
+                sqlite.let_go(engine.dispose, path)
             engine.dispose()
 
     @contextlib.contextmanager
@@ -114,6 +116,13 @@ class Database:
         """One consistent view of the database; what goes wrong becomes a `StoreError`."""
         with telling(self._url, "cannot read the store"), self._engine.connect() as connection:
             yield connection
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Whether it is being made, or its making was cut short: a store has no such journal later."""
+    with contextlib.suppress(OSError):
+        return Path(f"{path}-journal").stat().st_size > 0
+    return False
 
 
 def _absent(url: str) -> str:

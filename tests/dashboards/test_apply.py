@@ -8,6 +8,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,20 @@ def test_a_threshold_is_taken_and_confirmed(run):
     assert re.fullmatch(r".+@.+", first.requested_by)
     assert (first.reason, second.reason) == ("too loose", None)
     assert second.applied_step == change["applied_step"]
+
+
+def test_another_writer_is_waited_for(run):
+    """One that has the store for a second is no reason to apply nothing."""
+    with live() as job:
+        job.until(5)
+        other = sqlite3.connect("gradwatch.db", isolation_level=None, check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        timer = threading.Timer(1.0, other.execute, ["ROLLBACK"])
+        timer.start()
+        status, text, _ = run("apply", "live", "0.25")
+        timer.join()
+        other.close()
+    assert (status, "0.25 from step" in text) == (0, True)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -237,6 +238,21 @@ def test_a_time_that_is_none_spoils_nothing():
     (one,) = recover("sqlite:///gradwatch.db")
     assert (one.steps, one.problem) == (100, None)
     assert query("SELECT step FROM step_records WHERE time = 0") == [(50,)]
+
+
+def test_another_writer_is_waited_for():
+    """As long as a job would, before it says anything."""
+    left_by("job-1")
+    DatabaseSink("sqlite:///gradwatch.db").open(run_info(ring="other"))
+    with contextlib.closing(
+        sqlite3.connect("gradwatch.db", isolation_level=None, check_same_thread=False)
+    ) as other:
+        other.execute("BEGIN IMMEDIATE")
+        timer = threading.Timer(1.5, other.execute, ["ROLLBACK"])
+        timer.start()
+        (one,) = recover("sqlite:///gradwatch.db")
+        timer.join()
+    assert one.problem is None
 
 
 def test_what_can_never_be_stored_is_set_aside():

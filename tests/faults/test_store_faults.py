@@ -272,24 +272,29 @@ def cut_short(store):
 
 
 @pytest.mark.parametrize(
-    ("damage", "folded"),
+    ("damage", "folded", "since"),
     [
-        (write_over, False),
-        (write_over, True),
-        (replace, False),
-        (spoil_header, True),
-        (spoil_pages, True),
-        (cut_short, True),
+        (write_over, False, False),
+        (write_over, True, False),
+        (replace, False, False),
+        (spoil_header, True, False),
+        (spoil_pages, True, False),
+        (spoil_pages, True, True),
+        (cut_short, True, False),
+        (cut_short, True, True),
     ],
 )
-def test_a_file_that_is_damaged_stays_as_it_is(factory, tmp_path, damage, folded):
-    """Whether or not the WAL, which could mend some of it, had been folded into it before."""
+def test_a_file_that_is_damaged_stays_as_it_is(factory, tmp_path, damage, folded, since):
+    """Whether the WAL, which could mend some of it, had been folded into it before, or some of it."""
     store = tmp_path / "runs.db"
     job = factory.start(tmp_path / "job", store)
     wait_until(lambda: stored(store) > 300, job.said)
     if folded:
         with contextlib.closing(sqlite3.connect(store)) as connection:
             connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    if since:
+        there = stored(store)
+        wait_until(lambda: stored(store) > there, job.said)
     damage(store)
     content = store.read_bytes()
     job.is_told("cannot write the store")

@@ -2,6 +2,8 @@
 
 import dataclasses
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -116,6 +118,23 @@ def test_no_store_says_how_one_comes_to_be():
     left.parent.mkdir()
     left.touch()
     with pytest.raises(errors.StoreNotFoundError, match=r"nix\.db\.rings.*gradwatch recover"):
+        Store("nix.db")
+
+
+def test_a_store_whose_making_was_cut_short_is_none(tmp_path):
+    """Killed in the middle: what SQLite would roll back first, who only reads cannot."""
+    script = """
+import os, sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("PRAGMA cache_size = 5")
+connection.execute("CREATE TABLE runs (x)")
+connection.execute("BEGIN")
+connection.execute("INSERT INTO runs VALUES (zeroblob(1000000))")
+os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", script, "nix.db"], check=True)
+    assert (tmp_path / "nix.db-journal").stat().st_size > 0
+    with pytest.raises(errors.StoreNotFoundError, match=r"nix\.db.*gradwatch\.wrap"):
         Store("nix.db")
 
 

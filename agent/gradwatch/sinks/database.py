@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DatabaseSink"]
 
+_BUSY_SECONDS = 0.5  # how long the worker waits for another writer; then it goes on with its rings
+
 
 class DatabaseSink:
     """Stores runs in the database at `url`, created there if missing."""
@@ -161,11 +163,15 @@ class DatabaseSink:
 
     def dispose(self) -> None:
         """Let the connection go; the next transaction makes another."""
+        self._dispose(fold=self._path is None or self._file == sqlite.look(self._path))
+
+    def _dispose(self, *, fold: bool) -> None:
+        """`fold`: the last connection may fold the WAL back; nothing is known to be wrong."""
         if self._engine is not None:
-            if self._path is None or self._is_intact(self._path):
+            if self._path is None or fold:
                 self._engine.dispose()
             else:
-                sqlite.let_go(self._engine, self._path)
+                sqlite.let_go(self._engine.dispose, self._path)
             self._engine = None
         self._days = set()  # somebody may have dropped one
 
@@ -247,7 +253,7 @@ class DatabaseSink:
         try:
             yield self._current_engine()
         except (SQLAlchemyError, sqlite3.Error, StoreError, OSError, ImportError) as error:
-            self.dispose()
+            self._dispose(fold=False)
             if "no such table" in str(error) or postgres.has_no_table(error):
                 raise RunForgottenError(self._forgotten) from error
             cause = getattr(error, "orig", None) or error
@@ -270,7 +276,7 @@ class DatabaseSink:
             self._engine = (
                 postgres.writing_engine(self.url)
                 if self._path is None
-                else sqlite.writing_engine(self.url, self._path)
+                else sqlite.writing_engine(self.url, self._path, patience=_BUSY_SECONDS)
             )
         return self._engine
 

@@ -26,13 +26,20 @@ from gradwatch.sinks.rows import strict_json
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 __all__ = ["check", "checkpoint", "let_go", "look", "weakness", "writing_engine"]
 
 _FIXED = (3, 51, 3)
 
-_BUSY_SECONDS = 0.5  # how long a statement waits for another writer
+_SETTINGS = (
+    "journal_mode=WAL",
+    "synchronous=NORMAL",
+    "wal_autocheckpoint=0",
+    # Else the WAL stays as long as it ever was, and each batch would make a checkpoint.
+    "journal_size_limit=0",
+)
+_BUSY_SECONDS = 5.0  # how long a statement waits for another writer where nobody trains meanwhile
 _CHECKPOINT_BYTES = 4 << 20  # a WAL shorter than this is left alone
 _LOCKS_AT, _LOCKS = (1 << 30) + 2, 510  # the bytes whose locks say who reads: SQLite's os.h
 
@@ -54,26 +61,28 @@ def _tell_weakness() -> None:
         logger.info("gradwatch: SQLite %s", told)
 
 
-def writing_engine(url: str, path: Path) -> sa.Engine:
-    """An engine for the one connection of this process that writes the file at `path`."""
+def writing_engine(url: str, path: Path, *, patience: float = _BUSY_SECONDS) -> sa.Engine:
+    """An engine for the one connection of this process that writes the file at `path`.
+
+    A statement waits for other writers as many seconds as `patience` says.
+    """
     _tell_weakness()
     path.parent.mkdir(parents=True, exist_ok=True)
     engine = sa.create_engine(
         url,
         json_serializer=strict_json,
-        connect_args={"timeout": _BUSY_SECONDS, "check_same_thread": False},
+        connect_args={"timeout": patience, "check_same_thread": False},
     )
 
     @sa.event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # BEGIN is said below, at once and for writing
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=NORMAL")
-        cursor.execute("PRAGMA wal_autocheckpoint=0")
-        # Else the WAL stays as long as it ever was, and each batch would make a checkpoint.
-        cursor.execute("PRAGMA journal_size_limit=0")
-        cursor.close()
+        try:
+            for setting in _SETTINGS:
+                connection.execute(f"PRAGMA {setting}").close()
+        except sqlite3.Error:
+            let_go(connection.close, path)  # the file may be damaged
+            raise
 
     @sa.event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:
@@ -106,8 +115,8 @@ def check(path: Path) -> None:
             raise
 
 
-def let_go(engine: sa.Engine, path: Path) -> None:
-    """Close the connection and leave the file as it is: without a last checkpoint.
+def let_go(close: Callable[[], None], path: Path) -> None:
+    """Close connections by `close`, and leave the file as it is: without a last checkpoint.
 
     Only who reads alone may make that; this lock, which unlike SQLite's own is not the process's
     but the descriptor's, says that somebody else does. (Linux has such locks.)
@@ -115,8 +124,8 @@ def let_go(engine: sa.Engine, path: Path) -> None:
     with contextlib.suppress(OSError, AttributeError), path.open("rb") as file:
         shared = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, _LOCKS_AT, _LOCKS, 0)
         fcntl.fcntl(file, fcntl.F_OFD_SETLK, shared)
-        engine.dispose()
-    engine.dispose()
+        close()
+    close()
 
 
 def checkpoint(engine: sa.Engine, path: Path, *, final: bool = False) -> bool:
@@ -135,7 +144,7 @@ def checkpoint(engine: sa.Engine, path: Path, *, final: bool = False) -> bool:
             if final and alone:
                 engine.dispose()  # the last connection to close checkpoints too
             elif final:
-                let_go(engine, path)
+                let_go(engine.dispose, path)
             return alone
     return False
 

@@ -57,22 +57,24 @@ def run(
     page = f"http://{host}:{port}/"
     if run is not None:
         page += f"run?run={urllib.parse.quote(run)}"
-    # The store's URL may hold a password: the environment is not seen by other users.
-    server = subprocess.Popen(  # noqa: S603 - our own command
-        command(address, port),
-        env={**os.environ, "GRADWATCH_STORE": store},
-        stdout=subprocess.DEVNULL,
-    )
     # Asked to go by a signal, take the server along: it is a process of its own.
     before = {kind: signal.signal(kind, _interrupt) for kind in (signal.SIGTERM, signal.SIGHUP)}
+    server = None
     try:
+        # The store's URL may hold a password: the environment is not seen by other users.
+        server = subprocess.Popen(  # noqa: S603 - our own command
+            command(address, port),
+            env={**os.environ, "GRADWATCH_STORE": store},
+            stdout=subprocess.DEVNULL,
+        )
         if _answers(server, address, port):
             announce(page)
         return server.wait()
     except KeyboardInterrupt:
         return 0
     finally:
-        _stop(server)
+        if server is not None:
+            _stop(server)
         for kind, handler in before.items():
             signal.signal(kind, handler)
 
