@@ -33,6 +33,13 @@ def ask(url, **parameters):
         return None
 
 
+def asked(prometheus, **query):
+    """The result of a query, whenever Prometheus comes to answer it."""
+    found = []
+    wait_until(lambda: found.append(ask(f"{prometheus}/api/v1/query", **query)) or found[-1])
+    return found[-1]["data"]["result"]
+
+
 def adapted(name, folder, replacements):
     """A shipped file, copied with other ports and times: each of them stands in it."""
     text = (SHIPPED / name).read_text()
@@ -108,8 +115,8 @@ class Stack:
 
     def query(self, expression):
         """The labels of each series of the result."""
-        answer = ask(f"http://127.0.0.1:{self._port}/api/v1/query", query=expression)
-        return [result["metric"] for result in answer["data"]["result"]]
+        results = asked(f"http://127.0.0.1:{self._port}", query=expression)
+        return [result["metric"] for result in results]
 
     def stop(self):
         for process in self._processes:

@@ -17,6 +17,7 @@ import json, os, sys, tempfile, time, torch, gradwatch
 from gradwatch import delivery
 torch.set_num_threads(1)
 delivery._RETRY_SECONDS = 0.5  # the longest pause between two tries of a store
+delivery._RING_SECONDS = 600.0  # between two looks for its ring's file, which a test may delete
 
 def begin(store, model):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -22,21 +21,17 @@ import gradwatch
 
 def run(job, world, folder, **arguments):
     """What the job returned (JSON-able) on each rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_start, (job, world, port, str(folder), arguments), nprocs=world)
+    meeting = f"file://{folder}/meeting-{time.monotonic_ns()}"
+    mp.spawn(_start, (job, world, meeting, str(folder), arguments), nprocs=world)
     return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
 
 
-def _start(rank, job, world, port, folder, arguments):
+def _start(rank, job, world, meeting, folder, arguments):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "GRADWATCH_METRICS_PORT": "0"}
     sys.argv = ["job.py"]
     os.chdir(folder)
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
     result = job(rank, world, **arguments)
     Path(f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()

@@ -8,14 +8,14 @@ import subprocess
 import sys
 import time
 
-from alerting import SHIPPED, ask, free_port, ready
+from alerting import SHIPPED, asked, free_port, ready
 from jobs import wait_until
 
 SECONDS = 15  # of training that are scraped, one scrape a second
 # Two runs in one process: one with a NaN in every 97th gradient, one under a loss scaler with an
 # overflow in every 53rd. `overhead` is what the agent itself says at each step of the first.
 JOB = """
-import json, sys, time, torch, gradwatch
+import json, sys, threading, time, torch, gradwatch
 torch.manual_seed(0)
 torch.set_num_threads(1)
 
@@ -41,8 +41,9 @@ class Run:
 
 runs = [Run("noisy", gradwatch.ClipNorm(2.0)),
         Run("scaled", gradwatch.TargetRatio(cap=9.0), torch.amp.GradScaler("cpu", init_scale=256.0))]
-overhead, step, until = [], 0, time.time() + float(sys.argv[1])
-while time.time() < until:
+overhead, step, ending = [], 0, threading.Event()
+threading.Thread(target=lambda: (sys.stdin.readline(), ending.set()), daemon=True).start()
+while not ending.is_set():
     runs[0].step(float("nan") if step % 197 == 50 else None)
     runs[1].step(float("inf") if step % 53 == 30 else None)
     overhead.append(runs[0].agent._recording.channel.overhead)
@@ -66,7 +67,7 @@ class Watched:
             "GRADWATCH_DRAIN_INTERVAL": "0.05", "GRADWATCH_STORE": "gradwatch.db",
         }  # fmt: skip
         self.job = self._start(
-            [sys.executable, "-c", JOB, str(SECONDS + 6)], env=environ,
+            [sys.executable, "-c", JOB], env=environ,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         # The monitor recommends once a minute: not before there is something to recommend from.
@@ -75,10 +76,17 @@ class Watched:
             [sys.executable, "-c", CLI, "monitor", "--port", "0", "--interval", "0.5"],
             env=environ, stdout=subprocess.DEVNULL,
         )  # fmt: skip
+        wait_until(self._is_recommended, seconds=60)
+        time.sleep(SECONDS)
+        self.job.stdin.write("end\n")
+        self.job.stdin.flush()
         told = json.loads(self.job.stdout.readline())
         self.taken, self.overhead = told["steps"], told["overhead"]
         self.ended_at = time.time()
         self.at = self.ended_at - 1.0  # a moment at which all was being scraped
+
+    def _is_recommended(self):
+        return self.query('gradwatch_recommended_threshold{run="noisy"}', at=time.time())
 
     def _configure(self, prometheus):
         (self.folder / "targets").mkdir()
@@ -111,8 +119,7 @@ class Watched:
     def query(self, expression, at=None):
         """The result as of that moment, by default the one in the middle of it all."""
         moment = self.at if at is None else at
-        answer = ask(f"{self.url}/api/v1/query", query=expression, time=moment)
-        return answer["data"]["result"]
+        return asked(self.url, query=expression, time=moment)
 
     def values(self, expression, *labels, at=None):
         """Labels → value; of a single series without labels, () → value."""

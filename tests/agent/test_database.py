@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from jobs import wait_until
 from loops import mlp, set_gradients, train
 
 import gradwatch
@@ -288,6 +289,7 @@ def test_training_goes_on_without_a_store(store, tmp_path, caplog):
     assert not agent.flush(0.5)
     ring = agent._recording.channel.ring
     assert len(ring.read_steps(0).records) == 60
+    wait_until(lambda: caplog.messages)
     time.sleep(0.3)  # several more tries of the worker
     warned = [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert len(warned) == 1
@@ -305,6 +307,7 @@ def test_records_are_stored_when_the_fault_clears(tmp_path, caplog):
     agent = Agent(optimizer, store=str(tmp_path / "later.db"))
     train(model, optimizer, 40)
     assert not agent.flush(0.3)
+    wait_until(lambda: caplog.messages)
     (tmp_path / "later.db").unlink()
     assert agent.flush(10)
     assert query("SELECT count(*) FROM steps", path="later.db") == [(40,)]
@@ -333,7 +336,7 @@ def test_a_password_is_never_shown(caplog):
     agent = Agent(optimizer, store=store)
     train(model, optimizer, 3)
     assert not agent.flush(1.0)
-    assert caplog.messages
+    wait_until(lambda: caplog.messages)
     assert not any("s3cret" in message for message in caplog.messages)
     assert b"s3cret" not in agent._recording.channel.ring.path.read_bytes()
     assert "s3cret" not in repr(agent._recording.settings)

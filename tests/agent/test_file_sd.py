@@ -19,12 +19,12 @@ from gradwatch.testing import MemorySink
 from gradwatch.troubles import Troubles
 
 JOB = """
-import os, signal, sys, time, torch, gradwatch
+import glob, os, signal, sys, time, torch, gradwatch
 model = torch.nn.Linear(2, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 agent = gradwatch.Agent(optimizer, model=model, run="job", store="gradwatch.db", metrics_port=0)
 optimizer.step()
-while not os.listdir("targets"):
+while not glob.glob("targets/*.json"):
     time.sleep(0.01)
 print(agent.metrics_url, flush=True)
 """
@@ -50,7 +50,7 @@ def test_the_file_stays_where_the_job_is_to_be_missed(tmp_path, monkeypatch, end
     )
     assert job.stdout, job.stderr
     netloc = urllib.parse.urlsplit(job.stdout.strip()).netloc
-    left = [json.loads(path.read_text()) for path in folder.iterdir()]
+    left = [json.loads(path.read_text()) for path in folder.glob("*.json")]
     assert [entry[0]["targets"] for entry in left] == [[netloc]] * missed
 
 
@@ -68,11 +68,10 @@ def test_one_file_an_exporter(tmp_path, monkeypatch):
     """With the advertised address, readable by others, and nothing half-written beside it."""
     monkeypatch.setenv("GRADWATCH_SD_DIR", str(tmp_path / "new" / "folder"))
     monkeypatch.setenv("GRADWATCH_ADVERTISED_ADDR", "node7.cluster")
-    agent = step("first")
-    step("second")
-    wait_until((tmp_path / "new" / "folder").exists)
-    wait_until(lambda: list((tmp_path / "new" / "folder").glob("*.json")))
-    (path,) = (tmp_path / "new" / "folder").iterdir()
+    agent, second = step("first"), step("second")
+    folder = tmp_path / "new" / "folder"
+    wait_until(lambda: any(second.run_id in path.read_text() for path in folder.glob("*.json")))
+    (path,) = folder.iterdir()
     port = urllib.parse.urlsplit(agent.metrics_url).port
     assert path.name == f"gradwatch-node7.cluster-{port}.json"
     assert path.stat().st_mode & 0o444 == 0o444

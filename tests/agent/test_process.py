@@ -77,9 +77,10 @@ def test_a_killed_process_leaves_its_records_in_the_ring(ending):
     ring = Ring.open(path)
     assert ring.metadata["name"] == "job"
     assert ring.read_steps(0).records["step"].tolist() == list(range(3000))
-    stored = [row[0] for row in query("SELECT step FROM step_records ORDER BY step")]
-    ((cursor,),) = query("SELECT step_cursor FROM rings") or [(0,)]
-    assert stored == list(range(cursor))
+    if query("SELECT 1 FROM sqlite_master"):  # the worker has made the store in that time
+        stored = [row[0] for row in query("SELECT step FROM step_records ORDER BY step")]
+        ((cursor,),) = query("SELECT step_cursor FROM rings") or [(0,)]
+        assert stored == list(range(cursor))
     ring.close()
 
 

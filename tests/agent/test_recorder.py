@@ -167,11 +167,12 @@ import itertools, math, sys
 from pathlib import Path
 from gradwatch.recorder import Ring
 ring = Ring.create(Path(sys.argv[1]), {}, steps=4096, events=64)
-print("ready", flush=True)
 for i in itertools.count():
     ring.append(i, 1.0, 2.0, i * 0.5, 0.1, 3.0, 1.0, 1.0, math.nan, 1)
     if i % 1000 == 0:
         ring.append_event(b"%d" % i)
+    if i == 0:
+        print("ready", flush=True)
 """
 
 

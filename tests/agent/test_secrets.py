@@ -6,6 +6,7 @@ from urllib.parse import quote, quote_plus
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from jobs import wait_until
 from loops import mlp, train
 from sqlalchemy import make_url
 
@@ -95,11 +96,11 @@ def test_in_what_a_watched_run_leaves(form, caplog):
     agent = Agent(optimizer, store=url)
     train(model, optimizer, 3)
     assert not agent.flush(0.5)
+    wait_until(lambda: any("cannot write the store" in m for m in caplog.messages))
     channel = agent._recording.channel
     held = channel.ring.path.read_bytes().decode("latin-1")
     for text in (*caplog.messages, held, repr(channel.run), repr(agent._recording.settings)):
         assert shown(text, secrets) == []
-    assert any("cannot write the store" in m for m in caplog.messages)
     agent._recording.pipeline.close(channel, "finished", 0.1)
     channel.ring.path.unlink()
 

@@ -7,6 +7,7 @@ import urllib.request
 
 import pytest
 import torch
+from jobs import wait_until
 from loops import one_parameter, watched
 
 from gradwatch import process
@@ -118,8 +119,11 @@ def test_a_sink_that_raises_anything_stops_no_other():
     weight.grad = torch.ones(4)
     optimizer.step()
     assert not agent.flush(0.5)
-    text = urllib.request.urlopen(agent.metrics_url).read().decode()
-    assert 'gradwatch_steps_total{rank="0",run="' in text
+
+    def scraped():
+        return urllib.request.urlopen(agent.metrics_url).read().decode()
+
+    wait_until(lambda: 'gradwatch_steps_total{rank="0",run="' in scraped())
     agent.close()
 
 

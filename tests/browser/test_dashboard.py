@@ -95,13 +95,16 @@ def test_the_slider_gives_numpys_ratio(shown, screenshot):
     norms = [row[0] for row in query("SELECT pre_norm FROM steps ORDER BY step")]
     finite = np.array([norm for norm in norms[len(norms) // 5 :] if norm is not None])
     slider = shown.get_by_role("slider")
+    sentence = shown.get_by_text("fifth would have been clipped.")
     seen = set()
     for key, times in (("ArrowLeft", 25), ("ArrowRight", 60), ("ArrowLeft", 7)):
+        before = sentence.inner_text()
         slider.focus()
         for _ in range(times):
             shown.keyboard.press(key)
-        shown.wait_for_timeout(1500)
-        said = shown.get_by_text("fifth would have been clipped.").inner_text()
+        expect(sentence).not_to_have_text(before, timeout=LONG)
+        shown.wait_for_timeout(1500)  # whatever keys it has not heard of yet
+        said = sentence.inner_text()
         match = re.fullmatch(r"At ([\d.e+-]+), ([\d.]+) % of the ([\d,]+) steps .*", said)
         threshold = float(match[1])
         # What is shown has three digits, and so has every threshold of the slider but those asked for.
@@ -133,7 +136,7 @@ def test_the_runs_page_leads_to_a_run(page, serve, screenshot):
     write_run(run="newer", steps=30)
     page.goto(serve())
     expect(page.get_by_role("heading", name="Runs")).to_be_visible(timeout=LONG)
-    expect(page.get_by_test_id("stDataFrame")).to_be_visible(timeout=LONG)
+    expect(page.get_by_test_id("data-grid-canvas")).to_be_visible(timeout=LONG)
     page.wait_for_timeout(1500)
     screenshot(page, "runs")
     box = page.get_by_test_id("stDataFrame").bounding_box()

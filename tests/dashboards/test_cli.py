@@ -233,7 +233,8 @@ def test_every_verb_prints_json():
 def gradwatch(*arguments, **options):
     return subprocess.run(
         [shutil.which("gradwatch", path=str(Path(sys.executable).parent)), *arguments],
-        capture_output=True, text=True, timeout=200, check=False, **options,
+        capture_output=True, text=True, timeout=200, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, **options,
     )  # fmt: skip
 
 

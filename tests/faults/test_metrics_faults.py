@@ -50,7 +50,8 @@ def test_an_exporter_that_dies(factory, tmp_path):
     """The job does not notice; `gradwatch doctor` does."""
     job, store, url = begin(factory, tmp_path)
     assert "gradwatch_steps_total" in scrape(url)
-    assert doctor(store) == (0, {"status": "ok", "subject": "metrics of python", "detail": url})
+    well = {"status": "ok", "subject": "metrics of python", "detail": url}
+    wait_until(lambda: doctor(store) == (0, well))
     (job.folder / "die").touch()
     wait_until(lambda: not (job.folder / "die").exists(), job.said)
     job.go_on(100)

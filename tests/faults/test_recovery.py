@@ -67,7 +67,7 @@ def test_sigkill_at_a_hundred_moments_loses_and_doubles_nothing(factory):
 
 def test_recover_tells_what_it_stored():
     """`gradwatch recover`: the steps, the last one, the file gone, the status and its time."""
-    killed("begin(); steps(1234)")
+    killed("agent = begin(); steps(1); assert agent.flush(60); steps(1233)")
     (ring,) = rings()
     before = query("SELECT count(*) FROM steps")[0][0]  # its worker's first look came early
     result = CliRunner().invoke(app, ["recover"])

@@ -50,7 +50,9 @@ def get(url):
 
 
 @pytest.mark.parametrize(
-    "moment", [lambda _: stored("gradwatch.db") > 0, lambda _: Path("gradwatch.db").exists()]
+    "moment",
+    [lambda _: stored("gradwatch.db") > 0, lambda steps: steps and Path("gradwatch.db").exists()],
+    ids=["stored", "made"],
 )
 def test_it_recovers_what_killed_jobs_left(moment):
     """Without anybody's asking; it says so once, and goes when it is told to.

@@ -81,8 +81,10 @@ def test_what_was_recommended_stays_on_record():
     rows = "SELECT verdict, threshold, last_step FROM recommendations"
     with live() as job, Store() as store:
         job.until(20)
+        job.pause()
         watch.look(store)
         assert [verdict for verdict, *_ in stored(rows)] == ["not_enough_data"]
+        job.go_on()
         job.until(400)
         watch.look(store)
         assert len(stored(rows)) == 1
