@@ -201,7 +201,7 @@ class Agent:
         Takes a tensor of one element without waiting for the device, or a number.
         Raises `ConfigurationError` for anything else.
         """
-        if isinstance(loss, torch.Tensor):
+        if isinstance(loss, torch.Tensor) and not loss.is_complex():
             if loss.numel() != 1:
                 msg = (
                     f"log(loss=…): a tensor of shape {tuple(loss.shape)} is not one loss; "
@@ -213,7 +213,7 @@ class Agent:
             return
         try:
             self._hooks.loss = float(loss)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RuntimeError):  # the latter of a complex tensor
             msg = f"log(loss={loss!r}): the loss is a number or a tensor of one element"
             raise ConfigurationError(msg) from None
 

@@ -168,7 +168,8 @@ def nonfinite_gradient(
     every = len(names) == tensors
     origin = None if every else names[-1]
     if every:
-        where = f"all {tensors} parameters ({names[0]} … {names[-1]}); it came from the forward pass or the loss"
+        those = f"all {tensors} parameters ({names[0]} … {names[-1]})" if tensors > 1 else names[0]
+        where = f"{those}; it came from the forward pass or the loss"
     else:
         listed = ", ".join(names[:_NAMED]) + (
             f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,7 @@ class Notices:
     def loss(self, step: int, time: float, loss: float) -> Event | None:
         """What a loss shows: NaN or inf, or a spike."""
         if not math.isfinite(loss):
-            return events.nonfinite_loss(step, time, self.rank, loss)
+            return self._of_rank(events.nonfinite_loss(step, time, self.rank, loss))
         spike = self._loss_spikes.observe(loss)
         if spike is None:
             return None
@@ -98,7 +99,14 @@ class Notices:
         if shards is not None:
             ranks = shards.ranks_with(any(fault(g) is not None for g in grads))
         tensors = sum(len(m.params) for m in measured)
-        return events.nonfinite_gradient(step, time, ranks, faults, tensors, skipped=skipped)
+        event = events.nonfinite_gradient(step, time, ranks, faults, tensors, skipped=skipped)
+        return self._of_rank(event)
+
+    def _of_rank(self, event: Event) -> Event:
+        """Whose it was in the words as well, where there are others."""
+        if self.alone or event.rank is None:
+            return event
+        return dataclasses.replace(event, message=f"rank {event.rank}: {event.message}")
 
     def overflow(self, step: int, time: float, loss_scale: float) -> Event:
         """A step that the loss scaler suppressed."""

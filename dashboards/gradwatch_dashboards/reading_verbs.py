@@ -39,7 +39,8 @@ def runs(
 ) -> None:
     """List runs, the latest first."""
     with open_store(store) as opened:
-        found = opened.runs(limit=limit)
+        found = opened.runs(limit=limit + 1)
+        more, found = len(found) > limit, found[:limit]
         rows = [{**_run_dict(run), "steps": _steps(opened, run)} for run in found]
     if as_json:
         print_json(rows)
@@ -54,6 +55,8 @@ def runs(
                  _when(row["started_at"]), row["host"], clip)  # fmt: skip
         table.add_row(*(escape(str(cell)) for cell in cells))
     out.print(table)
+    if more:
+        out.print(f"The latest {limit}: --limit shows more.")
 
 
 def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = False) -> None:

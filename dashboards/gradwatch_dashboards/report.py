@@ -108,6 +108,7 @@ def page(store: Store, run: Run, progress: Callable[[int, int], None] = lambda *
         summary=summary,
         charts=drawn,
         window=WINDOW,
+        bad_losses=bool(len(timeline)) and bool(timeline["nonfinite_loss"].any()),
         band="–".join(f"{100 * bound:.0f}" for bound in BAND),
         findings=[*now, *ended(store, run.id, now)],
         events=events[:EVENTS],
@@ -130,18 +131,16 @@ def _charts(
     """Name, width and chart of all that have something to show."""
     if not len(timeline):
         return
-    events = views.events_table(store, run.id)
+    events = views.event_marks(store, run.id)
     marks = views.changes_table(applied(store, run.id))
     norms, broken = views.norms_chart(timeline), views.nonfinite_stretches(timeline)
     if norms["pre_norm"].notna().any():
         yield "norms", _WIDE, charts.norms(norms, events, marks, broken)
-    ratios = views.clip_ratio(timeline, WINDOW)
+    window = views.window_of(timeline, WINDOW)
+    ratios = views.clip_ratio(timeline, window)
     if len(ratios):
-        yield (
-            "clip_ratio",
-            _NARROW,
-            charts.clip_ratio(ratios, WINDOW, BAND, timeline.last_step, marks),
-        )
+        chart = charts.clip_ratio(ratios, window, BAND, timeline.last_step, marks)
+        yield "clip_ratio", _NARROW, chart
     curve = _curve(timeline, recommendation)
     if curve is not None:
         yield "what_if", _NARROW, curve

@@ -36,12 +36,13 @@ __all__ = [
     "thin",
     "what_if",
     "what_if_curve",
+    "window_of",
 ]
 
 # Of the record, what is drawn and what the recommendation looks at.
 _COLUMNS = (
     "step", "time", "loss", "lr", "pre_norm", "post_norm", "threshold", "clipped", "nonfinite",
-    "skipped",
+    "nonfinite_loss", "skipped",
 )  # fmt: skip
 _STRETCH = 10  # steps in a row with NaN or inf, from which on they are drawn as one
 MARKED = (
@@ -51,7 +52,9 @@ MARKED = (
     "loss_spike",
     "spike_skipped",
     "amp_overflow",
+    "records_dropped",
 )
+MARKS_AT_MOST = 200  # of a kind
 
 
 class Timeline:
@@ -235,10 +238,16 @@ def nonfinite_stretches(timeline: Timeline) -> pd.DataFrame:
     return frame[frame["to"] - frame["step"] >= _STRETCH - 1].reset_index(drop=True)
 
 
+def window_of(timeline: Timeline, window: int) -> int:
+    """Over how many steps the clip ratio is drawn: `window`, or as many as a long run's blocks have."""
+    steps = timeline.blocks.column("steps")
+    return max(window, int(np.median(steps))) if len(steps) else window
+
+
 def clip_ratio(timeline: Timeline, window: int, points: int = 1500) -> pd.DataFrame:
     """Step and clip_ratio: the share of clipped steps among the last `window`, once that many.
 
-    Of a block it is the share in the block, at its last step.
+    Of a block it is the share in the block, at its last step; see `window_of`.
     """
     clipped = timeline["clipped"].astype(np.float64)
     total = np.concatenate([[0.0], np.cumsum(clipped)])
@@ -253,8 +262,14 @@ def clip_ratio(timeline: Timeline, window: int, points: int = 1500) -> pd.DataFr
 
 
 def loss_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
-    """Step and loss, thinned; empty where no loss was logged."""
-    return _line_chart(timeline, "loss", points)
+    """Step and loss, thinned; empty where no finite one was logged.
+
+    Steps without one are left out, as where each tenth is logged; one that was NaN is a gap.
+    """
+    frame = _line_chart(timeline, "loss", points)
+    without = ~np.isfinite(timeline["loss"]) & ~timeline["nonfinite_loss"]
+    kept: pd.DataFrame = frame[~frame["step"].isin(timeline["step"][without])]
+    return kept.reset_index(drop=True)
 
 
 def lr_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
@@ -299,6 +314,16 @@ def what_if_curve(
 
 def events_table(store: Store, run_id: int, limit: int = 500) -> pd.DataFrame:
     """The latest events: step, time (UTC), kind, severity, message, parameters, origin, rank."""
+    return _events_frame(store.events(run_id, limit=limit))
+
+
+def event_marks(store: Store, run_id: int) -> pd.DataFrame:
+    """The same for what a chart marks: of each kind the latest, `MARKS_AT_MOST` of them."""
+    found = (store.events(run_id, kind=kind, limit=MARKS_AT_MOST) for kind in MARKED)
+    return _events_frame([event for of_kind in found for event in of_kind])
+
+
+def _events_frame(events: Sequence[Event]) -> pd.DataFrame:
     rows = [
         {
             "step": event.step,
@@ -310,7 +335,7 @@ def events_table(store: Store, run_id: int, limit: int = 500) -> pd.DataFrame:
             "origin": event.data.get("origin") or "",
             "rank": event.rank,
         }
-        for event in store.events(run_id, limit=limit)
+        for event in events
     ]
     names = ["step", "time", "kind", "severity", "message", "parameters", "origin", "rank"]
     return pd.DataFrame(rows, columns=names)

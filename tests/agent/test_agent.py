@@ -138,6 +138,20 @@ def test_log_refuses_what_is_not_one_number(loss):
         agent.log(loss=loss)
 
 
+@pytest.mark.parametrize(
+    "loss", [torch.tensor([1.0, 2.0]), torch.tensor(1 + 2j), 1 + 2j, "low", None, [1.0, 2.0]]
+)
+def test_what_is_no_loss_is_refused(loss):
+    """When it is logged, not at the step, whose record would be lost."""
+    optimizer = sgd()
+    agent = Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
+    with pytest.raises(gradwatch.ConfigurationError, match=r"log\(loss="):
+        agent.log(loss=loss)
+    step_once(optimizer)
+    assert agent.flush()
+    assert len(sink.steps) == 1
+
+
 def test_logged_losses_are_values_not_memory():
     """The loop may write into the tensor before the step."""
     weight, optimizer = one_parameter()

@@ -34,7 +34,9 @@ def test_data_parallel(tmp_path, world):
     assert len({r["run"] for r in results}) == 1
     assert query("SELECT name, world_size, status FROM runs") == [("job", world, "finished")]
     assert query("SELECT count(*), min(step), max(step) FROM steps") == [(9, 0, 8)]
-    assert query("SELECT rank, step FROM events WHERE kind = 'nonfinite_loss'") == [(world - 1, 8)]
+    assert query("SELECT rank, step, message FROM events WHERE kind = 'nonfinite_loss'") == [
+        (world - 1, 8, f"rank {world - 1}: the loss is NaN")
+    ]
     # After the all-reduce every rank holds the NaN: the gradient alone does not tell whose it was.
     assert query("SELECT rank, step FROM events WHERE kind = 'nonfinite_gradient'") == [(None, 8)]
     assert query("SELECT count(*), count(DISTINCT rank) FROM rings") == [(world, world)]

@@ -269,7 +269,9 @@ def test_the_jobs_own_log_tells_of_the_first_and_of_no_end(caplog, on_nonfinite)
         assert not caplog.messages
         return
     first, no_end = caplog.messages
-    assert first.startswith("gradwatch: step 3: NaN in the gradient of all 1 parameters")
+    assert first.startswith(
+        "gradwatch: step 3: NaN in the gradient of group0.param0; it came from the forward"
+    )
     assert "50 steps in a row" in no_end
     assert no_end.endswith("steps 10 to 59")
     assert ("nothing is learnt" in no_end) == (on_nonfinite == "skip")

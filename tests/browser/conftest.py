@@ -28,6 +28,13 @@ def chromium():
         browser.close()
 
 
+def _elsewhere(url):
+    """A request that leaves the machine."""
+    return (
+        [] if url.startswith(("http://127.0.0.1:", "ws://127.0.0.1:", "data:", "blob:")) else [url]
+    )
+
+
 @pytest.fixture
 def page(chromium):
     """A page that remembers what went wrong in it."""
@@ -35,6 +42,7 @@ def page(chromium):
     page = context.new_page()
     page.problems = []
     page.on("pageerror", lambda error: page.problems.append(str(error)))
+    page.on("request", lambda request: page.problems.extend(_elsewhere(request.url)))
     yield page
     context.close()
 

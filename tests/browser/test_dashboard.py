@@ -76,15 +76,16 @@ def test_the_numbers_equal_sql(shown, screenshot):
 
 
 def test_charts_have_legends_units_and_no_text_on_text(shown):
-    """All four charts are drawn, with titles on their axes."""
+    """All five charts are drawn, with titles on their axes."""
     charts = shown.get_by_test_id("stVegaLiteChart")
-    expect(charts).to_have_count(4, timeout=LONG)
+    expect(charts).to_have_count(5, timeout=LONG)
     words = " ".join(charts.locator("svg text").all_text_contents())
     for expected in (
         "gradient norm (log scale)", "optimizer step", "before clipping", "after clipping",
         "threshold", "clipped step", "NaN or inf", "norm spike",
         "clip ratio", "clipped of the last 100 steps", "band 10–30 %",
         "loss", "threshold (log scale)", "would have been clipped",
+        "learning rate",
     ):  # fmt: skip
         assert expected in words
     assert overlapping_texts(shown) == []

@@ -25,6 +25,8 @@ def test_runs(run):
     status, text, _ = run("runs")
     assert status == 0
     assert text.index("two") < text.index("one")
+    assert "--limit" not in text
+    assert run("runs", "--limit", "1")[1].endswith("The latest 1: --limit shows more.\n")
     status, text, _ = run("runs", "--json", "--limit", "1")
     (row,) = json.loads(text)
     assert (row["name"], row["steps"], row["status"], row["live"]) == ("two", 5, "finished", False)

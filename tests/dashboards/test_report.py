@@ -15,7 +15,7 @@ from live import live
 from stores import lognormal, write_run
 
 from gradwatch_dashboards.web import charts
-from gradwatch_monitor import Store, recommend
+from gradwatch_monitor import Store, recommend, views
 from gradwatch_monitor.applying import applied, recommended, wait
 
 HOSTILE = '<script>document.title="gone"</script>"><img src=http://127.0.0.1:9/x onerror=alert(1)>'
@@ -93,7 +93,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(run):
 
 def test_text_is_shown_as_text(run):
     """The run's name, tags, reasons and messages are nobody's markup."""
-    write_run(run=HOSTILE, steps=60, tags={HOSTILE: HOSTILE})
+    write_run(run=HOSTILE, steps=60, nan_at=(30,), tags={HOSTILE: HOSTILE})
     with sqlite3.connect("gradwatch.db") as connection:
         connection.execute(
             "INSERT INTO findings (run_id, finding, severity, first_step, last_step, found_at, "
@@ -214,6 +214,35 @@ def test_a_run_of_which_only_summaries_are_left(run):
     assert "5,500" in Page(Path("report.html").read_text()).text
 
 
+def test_a_value_with_nothing_beside_it_is_a_dot():
+    """No line is drawn to it: where every other step had a NaN, and of a run of one step."""
+    nothing = pd.DataFrame({"step": [], "kind": [], "message": []})
+
+    def dotted(chart):
+        names = [part["data"]["name"] for part in chart["layer"] if part["mark"]["type"] == "point"]
+        return [[row["step"] for row in chart["datasets"][name]] for name in names]
+
+    frame = pd.DataFrame({"step": range(6), "loss": [1.0, math.nan, 2.0, math.nan, 3.0, 4.0]})
+    assert dotted(charts.loss(frame, nothing).to_dict()) == [[0, 2]]
+    one = {
+        "step": [0],
+        "pre_norm": [2.0],
+        "post_norm": [1.0],
+        "threshold": [1.0],
+        "clipped": [True],
+    }
+    alone, clipped = dotted(charts.norms(pd.DataFrame(one), nothing).to_dict())
+    assert (alone, clipped) == ([0, 0, 0], [0])
+
+
+def test_marks_that_are_not_all_say_so():
+    """Else trouble would seem to begin where they do."""
+    frame = pd.DataFrame({"step": range(900), "loss": 1.0})
+    for count, said in ((199, "loss spike"), (views.MARKS_AT_MOST, "loss spike (the latest)")):
+        marks = pd.DataFrame({"step": range(count), "kind": "loss_spike", "message": ""})
+        assert f'"{said}"' in charts.loss(frame, marks).to_json()
+
+
 @pytest.mark.parametrize(
     ("losses", "scale"),
     [
@@ -228,8 +257,6 @@ def test_a_loss_that_spans_powers_of_ten_is_drawn_on_a_log_scale(losses, scale):
     frame = pd.DataFrame({"step": range(len(losses)), "loss": losses})
     events = pd.DataFrame({"step": [], "kind": [], "message": []})
     drawn = charts.loss(frame, events).to_dict()
-    (y,) = [
-        part["encoding"]["y"] for part in drawn["layer"] if "loss" in str(part["encoding"]["y"])
-    ]
+    (y,) = [part["encoding"]["y"] for part in drawn["layer"] if part["mark"]["type"] == "line"]
     assert y["scale"].get("type") == scale
     assert ("log" in y["title"]) == (scale == "log")

@@ -1,5 +1,6 @@
 """What pages show equals numpy over the stored steps."""
 
+import contextlib
 import math
 import sqlite3
 
@@ -168,6 +169,26 @@ def test_stretches_of_nan_are_drawn_as_such():
     assert views.nonfinite_stretches(timeline).to_numpy().tolist() == [[30, 39], [45, 59]]
     frame = views.norms_chart(timeline, 20)
     assert (frame["step"].min(), frame["step"].max()) == (0, 59)
+
+
+def test_a_loss_that_is_logged_now_and_then_is_a_line(store):
+    """Steps without one are left out; one that was NaN, or a record that is missing, is a gap."""
+    write_run(run="tenth", steps=300, loss=10)
+    with Store("gradwatch.db") as opened:
+        timeline = views.Timeline(opened.run("tenth").id)
+        timeline.refresh(opened)
+        losses = views.loss_chart(timeline)
+        assert losses["step"].tolist() == list(range(0, 300, 10))
+        assert losses["loss"].notna().all()
+        with contextlib.closing(sqlite3.connect("gradwatch.db")) as connection, connection:
+            connection.execute(
+                "UPDATE step_records SET loss = NULL, nonfinite_loss = 1 "
+                "WHERE step = 100 AND run_id = ?", (timeline.run_id,),
+            )  # fmt: skip
+        timeline = views.Timeline(timeline.run_id)
+        timeline.refresh(opened)
+    losses = views.loss_chart(timeline)
+    assert losses.loc[losses["loss"].isna(), "step"].tolist() == [100]
 
 
 def test_a_run_without_losses_or_norms():

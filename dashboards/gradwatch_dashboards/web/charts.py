@@ -8,6 +8,8 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from gradwatch_monitor.views import MARKS_AT_MOST
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -40,7 +42,6 @@ _EVENT_NAMES = {
 }
 _APPLIED, _APPLIED_COLOUR = "threshold applied", "#12806a"
 _WIDE = 20.0  # times the least loss, from which on a loss is drawn on a log scale
-_MARKS_AT_MOST = 200
 _CROWD = 40  # marks, above which they are drawn fainter: the lines are what matters
 _LEGEND = alt.Legend(
     title=None, orient="top", direction="horizontal", symbolStrokeWidth=2, labelLimit=400
@@ -73,7 +74,7 @@ def norms(
     y = alt.Y(
         "norm:Q",
         title="gradient norm (log scale)",
-        scale=alt.Scale(type="log", nice=False, padding=8),
+        scale=_log_scale(lines["norm"]),
         axis=alt.Axis(format="~g", values=_log_ticks(lines["norm"])),
     )
     tips = [
@@ -87,6 +88,7 @@ def norms(
         .mark_line(strokeWidth=1.2, clip=True)
         .encode(x=x, y=y, color=colour, detail="kind:N", tooltip=tips)
     )
+    dots = _dots(lines, "norm").encode(x=x, y=y, color=colour, tooltip=tips)
     points = (
         alt.Chart(marks)
         .mark_point(size=14, filled=True, opacity=0.55, clip=True)
@@ -101,7 +103,7 @@ def norms(
         "nonfinite_gradient", "grad_norm_spike", "spike_skipped", "amp_overflow", "records_dropped"
     )  # fmt: skip
     area, rules = _areas(stretches, x), _rules(_outside(events, stretches), kinds_marked, x)
-    return _layered(area, rules, line, points, threshold, *_applied(changes, x), height=340)
+    return _layered(area, rules, line, dots, points, threshold, *_applied(changes, x), height=340)
 
 
 def clip_ratio(
@@ -112,7 +114,7 @@ def clip_ratio(
     changes: pd.DataFrame | None = None,
 ) -> alt.LayerChart:
     """The share of clipped steps over a rolling window, against the band, and changes."""
-    ratio, inside = f"clipped of the last {window} steps", f"band {_percent(band)}"
+    ratio, inside = f"clipped of the last {window:,} steps", f"band {_percent(band)}"
     x = _step_axis(pd.Series([0, last_step]))
     scale = alt.Scale(domain=[ratio, inside], range=[_NORM_COLOURS[CLIPPED], "#bfe3c6"])
     colour = alt.Color("kind:N", legend=_LEGEND, scale=scale)
@@ -157,21 +159,19 @@ def loss(
     known = frame["loss"][np.isfinite(frame["loss"])]
     if known.min() > 0 and known.max() > _WIDE * known.min():
         y = alt.Y(
-            "loss:Q", title="loss (log scale)", scale=alt.Scale(type="log", nice=False, padding=8),
+            "loss:Q", title="loss (log scale)", scale=_log_scale(known),
             axis=alt.Axis(format="~g", values=_log_ticks(known)),
         )  # fmt: skip
+    tips = [alt.Tooltip("step:Q", format=","), alt.Tooltip("loss:Q", format=".4g")]
     line = (
         alt.Chart(frame)
         .mark_line(strokeWidth=1.2, color=_NORM_COLOURS[AFTER], clip=True)
-        .encode(
-            x=x,
-            y=y,
-            tooltip=[alt.Tooltip("step:Q", format=","), alt.Tooltip("loss:Q", format=".4g")],
-        )
+        .encode(x=x, y=y, tooltip=tips)
     )
+    dots = _dots(frame, "loss", color=_NORM_COLOURS[AFTER]).encode(x=x, y=y, tooltip=tips)
     area = _areas(stretches, x)
     rules = _rules(_outside(events, stretches), ("nonfinite_loss", "loss_spike"), x)
-    return _layered(area, rules, line, *_applied(changes, x), height=250)
+    return _layered(area, rules, line, dots, *_applied(changes, x), height=250)
 
 
 def lr(frame: pd.DataFrame, changes: pd.DataFrame | None = None) -> alt.LayerChart:
@@ -234,12 +234,24 @@ def what_if(
     return _layered(back, line, rule, point, height=250)
 
 
+def _dots(frame: pd.DataFrame, name: str, **look: Any) -> alt.Chart:
+    """A dot where a line has none: at values with nothing before and nothing after."""
+    known = pd.Series(np.isfinite(frame[name].to_numpy(dtype=float)), frame.index)
+    lines = known.groupby(frame["kind"] if "kind" in frame else np.zeros(len(frame)))
+    near = lines.shift(1, fill_value=False) | lines.shift(-1, fill_value=False)
+    alone = frame[known & ~near]
+    chart: alt.Chart = alt.Chart(alone).mark_point(
+        size=10, filled=True, opacity=1, clip=True, **look
+    )
+    return chart
+
+
 def _areas(stretches: pd.DataFrame | None, x: alt.X) -> alt.Chart | None:
     """Where step after step had NaN or inf."""
     if stretches is None or stretches.empty:
         return None
     name = "stretch of NaN"
-    areas = stretches.tail(_MARKS_AT_MOST).assign(event=name)
+    areas = stretches.tail(MARKS_AT_MOST).assign(event=name)
     scale = alt.Scale(domain=[name], range=[_EVENT_COLOURS["NaN or inf"]])
     chart: alt.Chart = (
         alt.Chart(areas)
@@ -271,12 +283,18 @@ def _outside(events: pd.DataFrame, stretches: pd.DataFrame | None) -> pd.DataFra
 
 def _rules(events: pd.DataFrame, kinds: Sequence[str], x: alt.X) -> alt.Chart | None:
     """A vertical line at each of the latest events of these kinds."""
-    marked = events[events["kind"].isin(kinds)].head(_MARKS_AT_MOST)
+    marked = events[events["kind"].isin(kinds)]
     if marked.empty:
         return None
-    marked = marked.assign(event=marked["kind"].map(_EVENT_NAMES))
-    names = [name for name in _EVENT_COLOURS if name in set(marked["event"])]
-    scale = alt.Scale(domain=names, range=[_EVENT_COLOURS[name] for name in names])
+    names = marked["kind"].map(_EVENT_NAMES)
+    # Where there are more, who looks is not to think that they begin here.
+    cut = set(names[marked.groupby("kind")["kind"].transform("size") >= MARKS_AT_MOST])
+    told = {name: f"{name} (the latest)" if name in cut else name for name in _EVENT_COLOURS}
+    shown = [name for name in _EVENT_COLOURS if name in set(names)]
+    marked = marked.assign(event=names.map(told))
+    scale = alt.Scale(
+        domain=[told[name] for name in shown], range=[_EVENT_COLOURS[name] for name in shown]
+    )
     chart: alt.Chart = (
         alt.Chart(marked[["step", "event", "message"]])
         .mark_rule(strokeWidth=1.4, opacity=0.7 if len(marked) <= _CROWD else 0.25)
@@ -297,7 +315,7 @@ def _applied(changes: pd.DataFrame | None, x: alt.X) -> list[alt.Chart]:
     """A line with a head at each of the latest changes of the threshold: who, when, from, to."""
     if changes is None or changes.empty:
         return []
-    marked = changes.tail(_MARKS_AT_MOST).assign(mark=_APPLIED)
+    marked = changes.tail(MARKS_AT_MOST).assign(mark=_APPLIED)
     for name in ("from", "to"):
         marked[name] = [f"{v:.4g}" if v == v and v is not None else "–" for v in marked[name]]  # noqa: PLR0124
     # Vega would show it in the reader's own zone.
@@ -333,6 +351,15 @@ def _log_ticks(values: pd.Series[Any]) -> list[float]:
     )
     steps = (1, 2, 5) if len(decades) <= 5 else (1,)
     return [float(f"{step}e{decade}") for decade in decades for step in steps]
+
+
+def _log_scale(values: pd.Series[Any]) -> alt.Scale:
+    """A log axis for these values; a single one stands in its middle."""
+    positive = values[values > 0]
+    if len(positive) and positive.min() == positive.max():
+        middle = float(positive.min())
+        return alt.Scale(type="log", nice=False, domain=[middle / 2, 2 * middle])
+    return alt.Scale(type="log", nice=False, padding=8)
 
 
 def _step_axis(steps: pd.Series[Any]) -> alt.X:

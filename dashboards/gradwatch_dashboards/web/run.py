@@ -20,6 +20,8 @@ from gradwatch_monitor.recommend import Recommendation, recommend_from
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import pandas as pd
+
     from gradwatch_monitor.applying import Outcome
     from gradwatch_monitor.store import Summary
 
@@ -137,6 +139,30 @@ def findings(run_id: int) -> None:
                 st.markdown(plain(f"{span}: {finding.message}"))
 
 
+def loss(
+    timeline: views.Timeline, events: pd.DataFrame, marks: pd.DataFrame, broken: pd.DataFrame
+) -> None:
+    """The loss, or why there is none to draw."""
+    st.subheader("Loss", anchor=False)
+    losses = views.loss_chart(timeline)
+    if len(losses):
+        st.altair_chart(charts.loss(losses, events, marks, broken))
+    elif timeline["nonfinite_loss"].any():
+        st.caption("No loss was finite.")
+    else:
+        st.caption("No loss was logged: gradwatch.Agent.of(optimizer).log(loss=loss)")
+
+
+def learning_rate(timeline: views.Timeline, marks: pd.DataFrame) -> None:
+    """The learning rate of the first parameter group."""
+    st.subheader("Learning rate", anchor=False)
+    rates = views.lr_chart(timeline)
+    if len(rates):
+        st.altair_chart(charts.lr(rates, marks))
+    else:
+        st.caption("The optimizer has none.")
+
+
 def page(run_id: int) -> None:
     """Everything that moves while the run goes on."""
     run = store.run(run_id)
@@ -154,7 +180,7 @@ def page(run_id: int) -> None:
     if not len(timeline):
         st.info("This run has not stored a step yet.")
         return
-    events = views.events_table(store, run_id)
+    events, noted = views.event_marks(store, run_id), views.events_table(store, run_id)
     recommendation = recommend_from(timeline.history(run))
     changes = applied(store, run_id)
     marks = views.changes_table(changes)
@@ -166,29 +192,26 @@ def page(run_id: int) -> None:
     left, right = st.columns(2)
     with left:
         st.subheader("Clip ratio", anchor=False)
-        ratios = views.clip_ratio(timeline, WINDOW)
+        window = views.window_of(timeline, WINDOW)
+        ratios = views.clip_ratio(timeline, window)
         if len(ratios):
-            st.altair_chart(charts.clip_ratio(ratios, WINDOW, BAND, last, marks))
+            st.altair_chart(charts.clip_ratio(ratios, window, BAND, last, marks))
         else:
-            st.caption(f"From {WINDOW} steps on.")
+            st.caption(f"From {window} steps on.")
     with right:
-        st.subheader("Loss", anchor=False)
-        losses = views.loss_chart(timeline)
-        if len(losses):
-            st.altair_chart(charts.loss(losses, events, marks, broken))
-        else:
-            st.caption("No loss was logged: gradwatch.Agent.of(optimizer).log(loss=loss)")
+        loss(timeline, events, marks, broken)
     left, right = st.columns(2)
     with left:
         advice(run, recommendation, timeline.outcomes(store, changes))
+        learning_rate(timeline, marks)
     with right:
         slider(timeline, recommendation.threshold, recommendation.current_threshold)
     st.subheader("Events", anchor=False)
-    if events.empty:
+    if noted.empty:
         st.caption("None were noted.")
     else:
         st.dataframe(
-            events,
+            noted,
             hide_index=True,
             column_order=["step", "time", "kind", "severity", "origin", "message", "parameters"],
             column_config={
