@@ -20,6 +20,7 @@ __all__ = [
     "host",
     "is_alive",
     "launcher",
+    "process",
     "rank_and_world",
     "run_uid",
 ]
@@ -72,6 +73,11 @@ def default_name(argv: list[str] | None = None) -> str:
         stem = Path(script[0]).parent.name
     # A file name need not be text in any encoding; a database takes nothing else.
     return stem.encode("utf-8", "replace").decode()[:_LONGEST] or "python"
+
+
+def process() -> str:
+    """This process by host and pid, as Prometheus is told of it."""
+    return f"{host()}:{os.getpid()}"
 
 
 def host() -> str:

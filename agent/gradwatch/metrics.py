@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-__all__ = ["AGENT", "BY_NAME", "DROP_REASONS", "LABELS", "MONITOR", "NORM_BUCKETS", "Metric"]
+__all__ = [
+    "AGENT",
+    "BY_NAME",
+    "DROP_REASONS",
+    "EXPORTER",
+    "LABELS",
+    "MONITOR",
+    "NORM_BUCKETS",
+    "Metric",
+]
 
 LABELS = ("run", "rank")
 
@@ -85,6 +94,14 @@ AGENT = (
     ),
 )
 
+# Once an exporter, with its own labels alone.
+EXPORTER = Metric(
+    "gradwatch_exporter_info",
+    "info",
+    "Which process answers, as host and pid; not always the one whose target file names the address.",
+    ("process",),
+)
+
 MONITOR = (
     Metric(
         "gradwatch_recommended_threshold",
@@ -95,4 +112,4 @@ MONITOR = (
     Metric("gradwatch_finding_active", "gauge", "1 while a finding holds.", ("finding",)),
 )
 
-BY_NAME = {metric.name: metric for metric in (*AGENT, *MONITOR)}
+BY_NAME = {metric.name: metric for metric in (*AGENT, EXPORTER, *MONITOR)}

@@ -24,9 +24,12 @@ if TYPE_CHECKING:
     from gradwatch_monitor.store import Run, Store
 
 __all__ = [
+    "MARKED",
+    "MARKS_AT_MOST",
     "Timeline",
     "changes_table",
     "clip_ratio",
+    "event_marks",
     "events_table",
     "loss_chart",
     "lr_chart",

@@ -91,12 +91,14 @@ def test_every_metric_of_the_table_is_exported_and_no_other():
     samples = scrape(agent.metrics_url)
     suffixes = {"histogram": ("_bucket", "_count", "_sum")}
     expected = {
-        m.name + suffix for m in metrics.AGENT for suffix in suffixes.get(m.type, ("",))
+        m.name + suffix
+        for m in (*metrics.AGENT, metrics.EXPORTER)
+        for suffix in suffixes.get(m.type, ("",))
     } - {"gradwatch_loss", "gradwatch_loss_scale"}  # nobody logged a loss, there is no scaler
     assert {key[0] for key in samples} == expected
     for key in samples:
         labels = {name for name, _ in key[1:]}
-        assert {"run", "rank"} <= labels
+        assert {"run", "rank"} <= labels or key[0] == "gradwatch_exporter_info"
 
 
 def test_from_the_first_scrape_counters_are_0_and_gauges_absent():

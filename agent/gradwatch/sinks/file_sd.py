@@ -39,7 +39,7 @@ class TargetFile:
         name = re.sub(r"[^\w.-]", "_", f"gradwatch-{shown}-{address.port}")
         self.path = folder.absolute() / f"{name}.json"
         self._target = address.netloc
-        self._process = f"{host}:{os.getpid()}"
+        self._process = identity.process()
         self._runs: frozenset[str] = frozenset()
         self._troubles = troubles
         self._written = False

@@ -20,7 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import start_http_server
 from prometheus_client.registry import Collector
 
-from gradwatch import metrics
+from gradwatch import identity, metrics
 from gradwatch.recorder import FLAGS
 from gradwatch.sinks import scrapers
 
@@ -156,7 +156,7 @@ class PrometheusSink:
         with self._lock:
             self._forget_ended()
             runs = list(self._series.values())
-            return [_family(metric, runs) for metric in metrics.AGENT]
+            return [*(_family(metric, runs) for metric in metrics.AGENT), _exporter()]
 
     def _forget_ended(self) -> None:
         oldest = self._clock() - _KEEP_ENDED_SECONDS
@@ -165,6 +165,13 @@ class PrometheusSink:
             for name, series in self._series.items()
             if series.ended_at is None or series.ended_at > oldest
         }
+
+
+def _exporter() -> Family:
+    metric = metrics.EXPORTER
+    family = InfoMetricFamily(metric.name.removesuffix("_info"), metric.meaning)
+    family.add_metric((), {"process": identity.process()})
+    return family
 
 
 def _family(metric: metrics.Metric, runs: list[_Series]) -> Family:
