@@ -107,7 +107,7 @@ class Delivery:
             self._failed(channel, outlet, error)
         else:
             if worked and outlet.failures:
-                outlet.failures, outlet.retry_at = 0, 0.0
+                outlet.failures, outlet.retry_at, outlet.passing = 0, 0.0, False
                 if not channel.run.recovered:
                     self._troubles.clear(_fault(outlet), f"the {outlet.name} takes records again")
 
@@ -281,6 +281,8 @@ class Delivery:
         channel.complete = complete
         channel.ring.close(remove=complete)
         if not complete:
+            if store.passing and store.problem is not None:  # there was no time to see it last
+                self._troubles.report(_fault(store), store.problem)
             channel.tell_incomplete()
         channel.closed.set()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import struct
@@ -43,15 +44,16 @@ _QUARTILES = (
 
 
 class NormSpikes:
-    """Finds norms above 5 times the median of the 50 finite norms before them, and out of scale.
+    """Finds norms above 5 times the median of the 50 norms before them, and out of scale.
 
-    The latter: above it by more than 4 standard deviations of their logarithms, as their quartiles
-    tell them. Norms that flicker from batch to batch, as those of small batches do once a run has
-    learnt, would spike all the time otherwise (docs/decisions.md).
+    The latter: above it by more than 4 standard deviations of their logarithms, as the quartiles of
+    the differences from step to step tell them, whatever the trend. Norms that flicker from batch
+    to batch, as those of small batches do once a run has learnt, would spike all the time otherwise
+    (docs/decisions.md).
 
-    From 20 norms on. A spike enters the window as one norm among 50, which median and quartiles do
-    not notice. One that follows another within 5 steps belongs to the same burst and is not told
-    again. Never reset.
+    From 20 norms on, all of them finite and above 0. A spike enters the window as one norm among 50,
+    which median and quartiles do not notice. One that follows another within 5 steps belongs to the
+    same burst and is not told again. Never reset.
     """
 
     FACTOR = 5.0
@@ -74,26 +76,30 @@ class NormSpikes:
         if self._holds_for >= 0 and norm <= self._unsuspicious:
             self._recent.append(norm)
             return None
-        median, deviation = self._usual()
+        median = self._median()
+        above = norm > self.FACTOR * median and self._is_out_of_scale(norm, median)
         self._recent.append(norm)
-        if not norm > self.FACTOR * median:
-            return None
-        if math.log(norm) - math.log(median) <= self.DEVIATIONS * deviation:
+        if not above:
             return None
         quiet, self._since = self._since, 0
         return median if quiet > self.BURST else None
 
-    def _usual(self) -> tuple[float, float]:
-        """The window's median, and the standard deviation of its logarithms; NaN of a short one."""
+    def _median(self) -> float:
         ordered = sorted(self._recent)
-        quarter, middle = len(ordered) // 4, len(ordered) // 2
-        if len(ordered) < self.FROM or ordered[quarter] <= 0.0:
-            return math.nan, math.nan
+        middle = len(ordered) // 2
+        if len(ordered) < self.FROM:
+            return math.inf
         # A norm that comes, and one that goes, move the median by one place at most.
         self._unsuspicious = self.FACTOR * ordered[middle - self.RENEWAL]
         self._holds_for = self.RENEWAL
-        spread = math.log(ordered[-1 - quarter]) - math.log(ordered[quarter])
-        return ordered[middle], spread / _QUARTILES
+        return ordered[middle]
+
+    def _is_out_of_scale(self, norm: float, median: float) -> bool:
+        logarithms = [math.log(known) for known in self._recent]
+        steps = sorted(after - before for before, after in itertools.pairwise(logarithms))
+        quarter = len(steps) // 4
+        deviation = (steps[-1 - quarter] - steps[quarter]) / (_QUARTILES * math.sqrt(2.0))
+        return math.log(norm) - math.log(median) > self.DEVIATIONS * deviation
 
 
 class LossSpikes:

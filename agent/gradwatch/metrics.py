@@ -99,7 +99,7 @@ EXPORTER = Metric(
     "gradwatch_exporter_info",
     "info",
     "Which process answers, as host and pid; not always the one whose target file names the address.",
-    ("process",),
+    ("answering",),  # no label of a target, as `process` is
 )
 
 MONITOR = (

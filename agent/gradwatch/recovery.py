@@ -227,14 +227,17 @@ def _store(path: Path, channel: Channel, delivery: Delivery) -> Recovered:
     """Bring one ring to the store, here and now."""
     run, head = channel.run, channel.ring.heads[0]
     last = channel.ring.read_steps(max(0, head - 1)).records["step"]
+    waited = False
     while not channel.closed.is_set() and (not channel.store.failures or channel.store.passing):
         channel.urgent = True
         delivery.serve(channel)
         if channel.store.passing:
+            waited = True
             time.sleep(_PAUSE_SECONDS)
     problem = None
     if not channel.complete:
-        delivery.patience = 0.0  # the next would wait as long in vain
+        if waited:
+            delivery.patience = 0.0  # the next would wait as long in vain
         channel.ring.close()
         problem = channel.store.problem
     elif path.exists():

@@ -108,7 +108,8 @@ def page(store: Store, run: Run, progress: Callable[[int, int], None] = lambda *
         summary=summary,
         charts=drawn,
         window=WINDOW,
-        bad_losses=bool(len(timeline)) and bool(timeline["nonfinite_loss"].any()),
+        bad_losses=bool(len(timeline))
+        and bool(timeline.drawn("nonfinite_loss")["nonfinite_loss"].any()),
         band="–".join(f"{100 * bound:.0f}" for bound in BAND),
         findings=[*now, *ended(store, run.id, now)],
         events=events[:EVENTS],

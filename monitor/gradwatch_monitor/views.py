@@ -269,10 +269,13 @@ def loss_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
 
     Steps without one are left out, as where each tenth is logged; one that was NaN is a gap.
     """
-    frame = _line_chart(timeline, "loss", points)
-    without = ~np.isfinite(timeline["loss"]) & ~timeline["nonfinite_loss"]
-    kept: pd.DataFrame = frame[~frame["step"].isin(timeline["step"][without])]
-    return kept.reset_index(drop=True)
+    columns = timeline.drawn("loss", "nonfinite_loss")
+    loss, bad = columns["loss"], columns.pop("nonfinite_loss")
+    if not np.isfinite(loss).any():
+        return _nothing("loss")
+    logged = np.flatnonzero(np.isfinite(loss) | bad)
+    keep = logged[thin(loss[logged], points, columns["step"][logged])]
+    return _frame(timeline, columns, keep, points)
 
 
 def lr_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
@@ -280,10 +283,14 @@ def lr_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
     return _line_chart(timeline, "lr", points)
 
 
+def _nothing(name: str) -> pd.DataFrame:
+    return pd.DataFrame({"step": np.empty(0, np.int64), name: np.empty(0)})
+
+
 def _line_chart(timeline: Timeline, name: str, points: int) -> pd.DataFrame:
     columns = timeline.drawn(name)
     if not np.isfinite(columns[name]).any():
-        return pd.DataFrame({"step": np.empty(0, np.int64), name: np.empty(0)})
+        return _nothing(name)
     keep = thin(columns[name], points, timeline.at(columns["step"]))
     return _frame(timeline, columns, keep, points)
 

@@ -1,5 +1,6 @@
 """The store: what is in it equals what was trained, whoever writes it and whatever goes wrong."""
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -9,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -312,6 +314,45 @@ def test_records_are_stored_when_the_fault_clears(tmp_path, caplog):
     assert agent.flush(10)
     assert query("SELECT count(*) FROM steps", path="later.db") == [(40,)]
     assert "takes records again" in caplog.messages[-1]
+
+
+def test_a_job_that_ends_at_once_says_why_nothing_was_stored(tmp_path, caplog):
+    """Though it had no time to see whether the fault would pass."""
+    (tmp_path / "folder").mkdir()
+    optimizer = adamw(model := mlp())
+    agent = Agent(optimizer, store=str(tmp_path / "folder"))
+    train(model, optimizer, 3)
+    agent._recording.pipeline.close(agent._recording.channel, "finished", 0.2)
+    why, left = caplog.messages
+    assert "unable to open database file (this user has to be able to write" in why
+    assert "gradwatch recover" in left
+    agent._recording.channel.ring.path.unlink(missing_ok=True)
+
+
+WRITES_AND_ENDS = """
+import sqlite3, sys
+connection = sqlite3.connect("runs.db", isolation_level=None)
+connection.execute("INSERT INTO t VALUES (2)")
+connection.close()
+"""
+
+
+def test_a_connection_that_is_let_go_takes_no_locks_from_others():
+    """Of this process: one that reads goes on reading, whatever others do to the file."""
+    path = Path("runs.db").absolute()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as first:
+        first.execute("PRAGMA journal_mode=WAL")
+        first.execute("CREATE TABLE t (x)")
+        first.execute("INSERT INTO t VALUES (1)")
+    reader = sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)
+    writer = sqlite3.connect(path, isolation_level=None)
+    writer.execute("INSERT INTO t VALUES (1)")
+    assert reader.execute("SELECT count(*) FROM t").fetchall() == [(2,)]
+    sqlite.let_go(writer.close, path)
+    subprocess.run([sys.executable, "-c", WRITES_AND_ENDS], check=True)
+    assert Path("runs.db-wal").stat().st_size > 0  # it was not the last to close
+    assert reader.execute("SELECT count(*) FROM t").fetchall() == [(3,)]
+    reader.close()
 
 
 def test_a_locked_database_holds_nothing_up(tmp_path, caplog):

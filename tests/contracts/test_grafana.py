@@ -53,11 +53,17 @@ def test_their_addresses_stay():
 
 
 def test_every_metric_is_shown():
-    """And the recorded ratio; a name that there is not would stop `build`. One is of no run."""
+    """And the recorded ratio; a name that there is not would stop `build`."""
     shown = set(re.findall(r"\b(?:run:)?gradwatch_\w+(?::\w+)?", json.dumps(MADE)))
     shown = {name.removesuffix("_bucket") for name in shown}
     every = {*metrics.BY_NAME, build.RECORDED}
-    assert shown == every - {metrics.EXPORTER.name}
+    assert shown == every
+
+
+def test_the_alert_and_the_panel_that_it_leads_to_ask_the_same():
+    """Of which targets do not answer."""
+    rules = (Path(build.__file__).parents[1] / "prometheus" / "alert_rules.yml").read_text()
+    assert build.SILENT in " ".join(rules.split())
 
 
 @each_panel

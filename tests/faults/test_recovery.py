@@ -241,17 +241,21 @@ def test_a_time_that_is_none_spoils_nothing():
 
 
 def test_another_writer_is_waited_for():
-    """As long as a job would, before it says anything."""
+    """As long as a job would, before it says anything; whatever became of the ring before."""
+    left_by("a-mad", name=None)
     left_by("job-1")
-    DatabaseSink("sqlite:///gradwatch.db").open(run_info(ring="other"))
-    with contextlib.closing(
-        sqlite3.connect("gradwatch.db", isolation_level=None, check_same_thread=False)
-    ) as other:
-        other.execute("BEGIN IMMEDIATE")
-        timer = threading.Timer(1.5, other.execute, ["ROLLBACK"])
-        timer.start()
-        (one,) = recover("sqlite:///gradwatch.db")
-        timer.join()
+    other = sqlite3.connect("gradwatch.db", isolation_level=None, check_same_thread=False)
+    timer = threading.Timer(2.2, other.execute, ["ROLLBACK"])
+
+    def lock(done, _):
+        if done == 1:  # the first has been dealt with
+            other.execute("BEGIN IMMEDIATE")
+            timer.start()
+
+    mad, one = recover("sqlite:///gradwatch.db", progress=lock)
+    timer.join()
+    other.close()
+    assert "set aside" in mad.problem
     assert one.problem is None
 
 

@@ -318,7 +318,7 @@ import os, torch
 from torch.utils.data import DataLoader
 def each(step):
     if step == 0:  # a machine that does other things for so long is none of our business
-        agent._recording.pipeline._delivery.patience = 60.0
+        agent._recording.pipeline._delivery.patience = 10.0
     if step % 100 == 50:
         child = os.fork()
         if child == 0:

@@ -6,8 +6,9 @@ import sqlite3
 
 import numpy as np
 import pytest
-from stores import lognormal, write_run
+from stores import Job, lognormal, records, write_run
 
+from gradwatch.recorder import FLAGS
 from gradwatch_monitor import Store, views
 
 
@@ -189,6 +190,29 @@ def test_a_loss_that_is_logged_now_and_then_is_a_line(store):
         timeline.refresh(opened)
     losses = views.loss_chart(timeline)
     assert losses.loc[losses["loss"].isna(), "step"].tolist() == [100]
+
+
+def test_losses_that_were_nan_are_a_gap_however_many_there_are():
+    """Also where the line is thinned, and where some were logged a thousand steps apart."""
+    steps = records(0, 45_000, odd=0.0)
+    steps["flags"] = 0
+    at = steps["step"]
+    steps["loss"] = np.where(
+        (at % 10 == 0) & ((at < 5000) | (at > 20_000)) | (at % 4000 == 0), 1.0, np.nan
+    )
+    bad = (at >= 30_000) & (at < 35_000) & (at % 10 == 0)
+    steps["loss"][bad], steps["flags"][bad] = np.nan, FLAGS.NONFINITE_LOSS
+    job = Job("sqlite:///gradwatch.db", "ring", 0)
+    job.write(steps)
+    job.sink.dispose()
+    with Store("gradwatch.db") as store:
+        timeline = views.Timeline(1)
+        timeline.refresh(store)
+    losses = views.loss_chart(timeline)
+    assert timeline.blocks.steps > 20_000
+    broken = losses.loc[losses["loss"].isna(), "step"]
+    assert len(broken)
+    assert broken.between(30_000, 35_000).all()
 
 
 def test_a_run_without_losses_or_norms():

@@ -170,7 +170,7 @@ class PrometheusSink:
 def _exporter() -> Family:
     metric = metrics.EXPORTER
     family = InfoMetricFamily(metric.name.removesuffix("_info"), metric.meaning)
-    family.add_metric((), {"process": identity.process()})
+    family.add_metric((), {"answering": identity.process()})
     return family
 
 

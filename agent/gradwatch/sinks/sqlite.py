@@ -16,7 +16,6 @@ import fcntl
 import functools
 import os
 import sqlite3
-import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,6 @@ _SETTINGS = (
 )
 _BUSY_SECONDS = 5.0  # how long a statement waits for another writer where nobody trains meanwhile
 _CHECKPOINT_BYTES = 4 << 20  # a WAL shorter than this is left alone
-_LOCKS_AT, _LOCKS = (1 << 30) + 2, 510  # the bytes whose locks say who reads: SQLite's os.h
 
 
 def weakness() -> str | None:
@@ -118,14 +116,18 @@ def check(path: Path) -> None:
 def let_go(close: Callable[[], None], path: Path) -> None:
     """Close connections by `close`, and leave the file as it is: without a last checkpoint.
 
-    Only who reads alone may make that; this lock, which unlike SQLite's own is not the process's
-    but the descriptor's, says that somebody else does. (Linux has such locks.)
+    Only the last connection makes that; one that only reads, and cannot, is there until then.
     """
-    with contextlib.suppress(OSError, AttributeError), path.open("rb") as file:
-        shared = struct.pack("hhqqi", fcntl.F_RDLCK, os.SEEK_SET, _LOCKS_AT, _LOCKS, 0)
-        fcntl.fcntl(file, fcntl.F_OFD_SETLK, shared)
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(_reader(path)) as other:
+        with contextlib.suppress(sqlite3.Error):
+            other.execute("SELECT 1 FROM sqlite_master").fetchall()  # holds SQLite's lock from here
         close()
     close()
+
+
+def _reader(path: Path) -> sqlite3.Connection:
+    uri = f"{path.absolute().as_uri()}?mode=ro"
+    return sqlite3.connect(uri, uri=True, timeout=0.0, isolation_level=None)
 
 
 def checkpoint(engine: sa.Engine, path: Path, *, final: bool = False) -> bool:

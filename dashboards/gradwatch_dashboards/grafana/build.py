@@ -41,10 +41,16 @@ from gradwatch_dashboards.words import BAND
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["PANELS_OF_ALERTS", "RECORDED", "agent", "main", "overview", "run", "texts"]
+__all__ = ["PANELS_OF_ALERTS", "RECORDED", "SILENT", "agent", "main", "overview", "run", "texts"]
 
 _HERE = Path(__file__).parent / "dashboards"
 RECORDED = "run:gradwatch_clip_ratio:rate5m"
+# Targets that do not answer, or at whose address another process does: as the alert has it.
+SILENT = (
+    'up == 0 or up{process!=""} unless on (job, instance, process) '
+    "label_replace(group by (job, instance, answering) (gradwatch_exporter_info), "
+    '"process", "$1", "answering", "(.+)")'
+)
 
 _RATE = "$__rate_interval"
 _ALL = 'run=~"$run", rank=~"$rank"'
@@ -197,7 +203,7 @@ def agent() -> Dashboard:
     mine = f"and on (job, instance, process) gradwatch_steps_total{{{_ALL}}}"
     gone = (
         f"last_over_time(gradwatch_run_active{{{_ALL}}}[1d]) == 1 "
-        "and on (job, instance, process) up == 0 "
+        f"and on (job, instance, process) ({SILENT}) "
         "unless on (run, rank) gradwatch_run_active == 1"
     )
     for panel in (

@@ -102,7 +102,7 @@ def norms(
     kinds_marked = (
         "nonfinite_gradient", "grad_norm_spike", "spike_skipped", "amp_overflow", "records_dropped"
     )  # fmt: skip
-    area, rules = _areas(stretches, x), _rules(_outside(events, stretches), kinds_marked, x)
+    area, rules = _areas(stretches, x), _rules(events, stretches, kinds_marked, x)
     return _layered(area, rules, line, dots, points, threshold, *_applied(changes, x), height=340)
 
 
@@ -170,7 +170,7 @@ def loss(
     )
     dots = _dots(frame, "loss", color=_NORM_COLOURS[AFTER]).encode(x=x, y=y, tooltip=tips)
     area = _areas(stretches, x)
-    rules = _rules(_outside(events, stretches), ("nonfinite_loss", "loss_spike"), x)
+    rules = _rules(events, stretches, ("nonfinite_loss", "loss_spike"), x)
     return _layered(area, rules, line, dots, *_applied(changes, x), height=250)
 
 
@@ -281,14 +281,18 @@ def _outside(events: pd.DataFrame, stretches: pd.DataFrame | None) -> pd.DataFra
     return events[np.logical_not(said)]
 
 
-def _rules(events: pd.DataFrame, kinds: Sequence[str], x: alt.X) -> alt.Chart | None:
+def _rules(
+    events: pd.DataFrame, stretches: pd.DataFrame | None, kinds: Sequence[str], x: alt.X
+) -> alt.Chart | None:
     """A vertical line at each of the latest events of these kinds."""
     marked = events[events["kind"].isin(kinds)]
+    counts = marked["kind"].value_counts()
+    # Where there are more, who looks is not to think that they begin here.
+    cut = {_EVENT_NAMES[kind] for kind in counts[counts >= MARKS_AT_MOST].index}
+    marked = _outside(marked, stretches)
     if marked.empty:
         return None
     names = marked["kind"].map(_EVENT_NAMES)
-    # Where there are more, who looks is not to think that they begin here.
-    cut = set(names[marked.groupby("kind")["kind"].transform("size") >= MARKS_AT_MOST])
     told = {name: f"{name} (the latest)" if name in cut else name for name in _EVENT_COLOURS}
     shown = [name for name in _EVENT_COLOURS if name in set(names)]
     marked = marked.assign(event=names.map(told))

@@ -1,4 +1,4 @@
-"""The run page: norms, clip ratio, loss, events, the recommendation and a what-if."""
+"""The run page: norms, clip ratio, loss, learning rate, events, the recommendation, a what-if."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def loss(
     losses = views.loss_chart(timeline)
     if len(losses):
         st.altair_chart(charts.loss(losses, events, marks, broken))
-    elif timeline["nonfinite_loss"].any():
+    elif timeline.drawn("nonfinite_loss")["nonfinite_loss"].any():
         st.caption("No loss was finite.")
     else:
         st.caption("No loss was logged: gradwatch.Agent.of(optimizer).log(loss=loss)")

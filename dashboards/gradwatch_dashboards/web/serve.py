@@ -57,9 +57,17 @@ def run(
     page = f"http://{host}:{port}/"
     if run is not None:
         page += f"run?run={urllib.parse.quote(run)}"
+    server: subprocess.Popen[bytes] | None = None
+    asked = False
+
+    def go(*_: object) -> None:
+        nonlocal asked
+        asked = True
+        if server is not None:  # else it may be there, and we not know of it yet
+            raise KeyboardInterrupt
+
     # Asked to go by a signal, take the server along: it is a process of its own.
-    before = {kind: signal.signal(kind, _interrupt) for kind in (signal.SIGTERM, signal.SIGHUP)}
-    server = None
+    before = {kind: signal.signal(kind, go) for kind in (signal.SIGTERM, signal.SIGHUP)}
     try:
         # The store's URL may hold a password: the environment is not seen by other users.
         server = subprocess.Popen(  # noqa: S603 - our own command
@@ -67,6 +75,8 @@ def run(
             env={**os.environ, "GRADWATCH_STORE": store},
             stdout=subprocess.DEVNULL,
         )
+        if asked:
+            return 0
         if _answers(server, address, port):
             announce(page)
         return server.wait()
@@ -77,10 +87,6 @@ def run(
             _stop(server)
         for kind, handler in before.items():
             signal.signal(kind, handler)
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _answers(server: subprocess.Popen[bytes], address: str, port: int) -> bool:
