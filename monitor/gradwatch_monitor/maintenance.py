@@ -43,7 +43,7 @@ class Maintained:
                     sqlite.check(self.path)  # nothing is written into what is no database
             self._begin(create=create)
         except BaseException:
-            self._engine.dispose()
+            self._let_go()
             raise
 
     @contextlib.contextmanager
@@ -69,11 +69,21 @@ class Maintained:
         """Use it as a context."""
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Fold SQLite's WAL back, and let the connection go."""
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Fold SQLite's WAL back where nothing went wrong, and let the connection go."""
+        if kind is not None:
+            self._let_go()
+            return
         if self.path is not None:
             sqlite.checkpoint(self._engine, self.path, final=True)
         self._engine.dispose()
+
+    def _let_go(self) -> None:
+        """Without writing to what may be damaged."""
+        if self.path is None:
+            self._engine.dispose()
+        else:
+            sqlite.let_go(self._engine.dispose, self.path)
 
     def _begin(self, *, create: bool) -> None:
         with self.transaction() as connection:

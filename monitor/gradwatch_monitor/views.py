@@ -279,7 +279,7 @@ def loss_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
 
 
 def lr_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
-    """Step and lr, thinned; empty where the optimizer has none."""
+    """Step and lr, thinned; empty where the optimizer has none. Of a long run, of its last steps."""
     return _line_chart(timeline, "lr", points)
 
 

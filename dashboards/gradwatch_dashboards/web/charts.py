@@ -177,16 +177,15 @@ def loss(
 def lr(frame: pd.DataFrame, changes: pd.DataFrame | None = None) -> alt.LayerChart:
     """The learning rate over the steps, and changes of the threshold."""
     x = _step_axis(frame["step"])
+    y = alt.Y("lr:Q", title="learning rate", axis=alt.Axis(format="~g"))
+    tips = [alt.Tooltip("step:Q", format=","), alt.Tooltip("lr:Q", format=".4g")]
     line = (
         alt.Chart(frame)
         .mark_line(strokeWidth=1.2, color=_NORM_COLOURS[AFTER], interpolate="step-after", clip=True)
-        .encode(
-            x=x,
-            y=alt.Y("lr:Q", title="learning rate", axis=alt.Axis(format="~g")),
-            tooltip=[alt.Tooltip("step:Q", format=","), alt.Tooltip("lr:Q", format=".4g")],
-        )
+        .encode(x=x, y=y, tooltip=tips)
     )
-    return _layered(line, *_applied(changes, x), height=250)
+    dots = _dots(frame, "lr", color=_NORM_COLOURS[AFTER]).encode(x=x, y=y, tooltip=tips)
+    return _layered(line, dots, *_applied(changes, x), height=250)
 
 
 def what_if(

@@ -159,6 +159,8 @@ def learning_rate(timeline: views.Timeline, marks: pd.DataFrame) -> None:
     rates = views.lr_chart(timeline)
     if len(rates):
         st.altair_chart(charts.lr(rates, marks))
+        if timeline.blocks.steps:
+            st.caption("Of the latest steps: it is not summed up with the others.")
     else:
         st.caption("The optimizer has none.")
 
