@@ -48,8 +48,8 @@ RECORDED = "run:gradwatch_clip_ratio:rate5m"
 # Targets that do not answer, or at whose address another process does: as the alert has it.
 SILENT = (
     'up == 0 or up{process!=""} unless on (job, instance, process) '
-    "label_replace(group by (job, instance, answering) (gradwatch_exporter_info), "
-    '"process", "$1", "answering", "(.+)")'
+    "label_join(group by (job, instance, answering) (gradwatch_exporter_info), "
+    '"process", "", "answering")'
 )
 
 _RATE = "$__rate_interval"
