@@ -38,9 +38,7 @@ _NAMED = 3  # parameters spelled out in a message; all of them are in the data
 _MOST_NAMED = 4000  # parameters of one event, so that it fits the flight recorder
 _LAYERS = struct.Struct("<BBIq")  # tag, whether weight norms follow, how many, step
 _LAYERS_TAG = 1  # no JSON begins with it
-_QUARTILES = (
-    1.349  # standard deviations from the first quartile of a normal distribution to the third
-)
+_QUARTILES = 1.349  # standard deviations between the quartiles of a normal distribution
 
 
 class NormSpikes:

@@ -108,8 +108,7 @@ def page(store: Store, run: Run, progress: Callable[[int, int], None] = lambda *
         summary=summary,
         charts=drawn,
         window=WINDOW,
-        bad_losses=bool(len(timeline))
-        and bool(timeline.drawn("nonfinite_loss")["nonfinite_loss"].any()),
+        timeline=timeline,
         band="–".join(f"{100 * bound:.0f}" for bound in BAND),
         findings=[*now, *ended(store, run.id, now)],
         events=events[:EVENTS],
@@ -132,7 +131,7 @@ def _charts(
     """Name, width and chart of all that have something to show."""
     if not len(timeline):
         return
-    events = views.event_marks(store, run.id)
+    events = views.event_marks(store, run.id, charts.MARKED)
     marks = views.changes_table(applied(store, run.id))
     norms, broken = views.norms_chart(timeline), views.nonfinite_stretches(timeline)
     if norms["pre_norm"].notna().any():

@@ -16,7 +16,7 @@ from gradwatch_monitor.store import status_of
 from gradwatch_monitor.timeline import RECENT, Blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from gradwatch.summaries import Distribution
     from gradwatch_monitor.applying import Applied, Outcome
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from gradwatch_monitor.store import Run, Store
 
 __all__ = [
-    "MARKED",
     "MARKS_AT_MOST",
     "Timeline",
     "changes_table",
@@ -48,15 +47,6 @@ _COLUMNS = (
     "nonfinite_loss", "skipped",
 )  # fmt: skip
 _STRETCH = 10  # steps in a row with NaN or inf, from which on they are drawn as one
-MARKED = (
-    "nonfinite_gradient",
-    "nonfinite_loss",
-    "grad_norm_spike",
-    "loss_spike",
-    "spike_skipped",
-    "amp_overflow",
-    "records_dropped",
-)
 MARKS_AT_MOST = 200  # of a kind
 
 
@@ -129,6 +119,11 @@ class Timeline:
     def at(self, steps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
         """Where points of these steps stand; None where they are evenly apart, as of each step."""
         return steps if self.blocks.steps else None
+
+    @property
+    def has_nonfinite_loss(self) -> bool:
+        """Whether a loss was logged that was NaN or inf."""
+        return bool(self.drawn("nonfinite_loss")["nonfinite_loss"].any())
 
     def drawn(self, *names: str) -> dict[str, np.ndarray[Any, Any]]:
         """Columns to draw lines of: a block is two points, the least value and the greatest."""
@@ -327,9 +322,9 @@ def events_table(store: Store, run_id: int, limit: int = 500) -> pd.DataFrame:
     return _events_frame(store.events(run_id, limit=limit))
 
 
-def event_marks(store: Store, run_id: int) -> pd.DataFrame:
-    """The same for what a chart marks: of each kind the latest, `MARKS_AT_MOST` of them."""
-    found = (store.events(run_id, kind=kind, limit=MARKS_AT_MOST) for kind in MARKED)
+def event_marks(store: Store, run_id: int, kinds: Iterable[str]) -> pd.DataFrame:
+    """The same for what charts mark: of each kind the latest, `MARKS_AT_MOST` of them."""
+    found = (store.events(run_id, kind=kind, limit=MARKS_AT_MOST) for kind in kinds)
     return _events_frame([event for of_kind in found for event in of_kind])
 
 

@@ -6,7 +6,7 @@ store's lock file first.
 
 A connection does not notice what is done to its file, and its checkpoint, which is also made when
 the last one closes, writes pages into whatever lies there by then. So the file is looked at before
-it is used, and let go of without a checkpoint where it is no database any more.
+it is used, and let go of without a checkpoint where it has changed or something went wrong.
 """
 
 from __future__ import annotations

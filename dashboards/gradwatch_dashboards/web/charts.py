@@ -13,7 +13,7 @@ from gradwatch_monitor.views import MARKS_AT_MOST
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["clip_ratio", "loss", "lr", "norms", "what_if"]
+__all__ = ["MARKED", "clip_ratio", "loss", "lr", "norms", "what_if"]
 
 BEFORE, AFTER = "before clipping", "after clipping"
 THRESHOLD, CLIPPED = "threshold", "clipped step"
@@ -40,6 +40,7 @@ _EVENT_NAMES = {
     "amp_overflow": "AMP overflow",
     "records_dropped": "records lost",
 }
+MARKED = tuple(_EVENT_NAMES)  # kinds of events
 _APPLIED, _APPLIED_COLOUR = "threshold applied", "#12806a"
 _WIDE = 20.0  # times the least loss, from which on a loss is drawn on a log scale
 _CROWD = 40  # marks, above which they are drawn fainter: the lines are what matters

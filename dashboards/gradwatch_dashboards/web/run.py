@@ -147,7 +147,7 @@ def loss(
     losses = views.loss_chart(timeline)
     if len(losses):
         st.altair_chart(charts.loss(losses, events, marks, broken))
-    elif timeline.drawn("nonfinite_loss")["nonfinite_loss"].any():
+    elif timeline.has_nonfinite_loss:
         st.caption("No loss was finite.")
     else:
         st.caption("No loss was logged: gradwatch.Agent.of(optimizer).log(loss=loss)")
@@ -182,7 +182,10 @@ def page(run_id: int) -> None:
     if not len(timeline):
         st.info("This run has not stored a step yet.")
         return
-    events, noted = views.event_marks(store, run_id), views.events_table(store, run_id)
+    events, noted = (
+        views.event_marks(store, run_id, charts.MARKED),
+        views.events_table(store, run_id),
+    )
     recommendation = recommend_from(timeline.history(run))
     changes = applied(store, run_id)
     marks = views.changes_table(changes)
