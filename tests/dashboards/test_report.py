@@ -235,6 +235,14 @@ def test_a_value_with_nothing_beside_it_is_a_dot():
     assert (alone, clipped) == ([0, 0, 0], [0])
 
 
+@pytest.mark.parametrize("rate", [0.1, 0.0])
+def test_a_learning_rate_that_never_changes_is_seen(rate):
+    """Not on the chart's upper edge."""
+    drawn = charts.lr(pd.DataFrame({"step": range(6), "lr": rate})).to_dict()
+    least, most = drawn["layer"][0]["encoding"]["y"]["scale"]["domain"]
+    assert least <= rate < most
+
+
 def test_marks_that_are_not_all_say_so():
     """Else trouble would seem to begin where they do."""
     frame = pd.DataFrame({"step": range(900), "loss": 1.0})

@@ -178,7 +178,9 @@ def loss(
 def lr(frame: pd.DataFrame, changes: pd.DataFrame | None = None) -> alt.LayerChart:
     """The learning rate over the steps, and changes of the threshold."""
     x = _step_axis(frame["step"])
-    y = alt.Y("lr:Q", title="learning rate", axis=alt.Axis(format="~g"))
+    # A rate that never changes would lie on the frame, and not be seen.
+    scale = alt.Scale(domain=[0, 1.1 * float(frame["lr"].max()) or 1])
+    y = alt.Y("lr:Q", title="learning rate", axis=alt.Axis(format="~g"), scale=scale)
     tips = [alt.Tooltip("step:Q", format=","), alt.Tooltip("lr:Q", format=".4g")]
     line = (
         alt.Chart(frame)
