@@ -72,6 +72,7 @@ class FLAGS:
     MODIFIED = 32  # the gradients were changed in place between backward and step
     CLIPPED_LATE = 64  # those of the step before were clipped after it
     ADDED_TO = 128  # these were added to those of the step before
+    NO_GRADIENT = 256  # no parameter had a gradient: there is no norm, which is not a norm of 0
 
 
 STEP = struct.Struct("<QqddddddddIIQ")
