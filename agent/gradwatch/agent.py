@@ -14,6 +14,7 @@ from gradwatch import arguments
 from gradwatch.amp import ScalerWatch
 from gradwatch.arguments import NOT_GIVEN, NotGiven
 from gradwatch.errors import AlreadyWrappedError, ConfigurationError, NotWrappedError
+from gradwatch.fronts import watched_of
 from gradwatch.guard import guard, unguard
 from gradwatch.hooks import StepHooks
 from gradwatch.kernels import KernelStep
@@ -21,6 +22,8 @@ from gradwatch.names import ParameterNames
 from gradwatch.notices import Notices
 from gradwatch.policies import ClipNorm, Policy
 from gradwatch.tape import NullTape, Tape
+from gradwatch.two_pass import TwoPass
+from gradwatch.unseen import Unseen
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -132,7 +135,7 @@ class Agent:
         settings: Settings | None = None,
     ) -> None:
         """Instrument the optimizer; see `wrap`."""
-        optimizer = arguments.stepping(optimizer)
+        optimizer, two_pass = watched_of(optimizer)
         parts = arguments.parts(optimizer, clip)
         arguments.model_and_scaler(model, scaler)
         arguments.sparse(optimizer, model, parts)
@@ -171,13 +174,23 @@ class Agent:
         if self._scaler is not None:
             self._hooks.scaler = self._scaler
         before, after = self._hooks.before, self._hooks.after
+        # A class that is only used like an optimizer has no hooks: the guard calls ours.
+        has_hooks = hasattr(optimizer, "_optimizer_step_pre_hooks")
         self._handles = (
-            optimizer.register_step_pre_hook(before),
-            optimizer.register_step_post_hook(after),
+            (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after))
+            if has_hooks
+            else ()
         )
         # No kernel where a run is to be as torch's own, to the letter.
         kernel = KernelStep.of(optimizer, before, after) if chosen.fold else None
         guard(optimizer, self._hooks, kernel)
+        self._two_pass = (
+            TwoPass.around(two_pass, self._hooks, pipeline.troubles.report)
+            if two_pass is not None
+            else None
+        )
+        self._unseen = Unseen(optimizer, pipeline.troubles.report)
+        pipeline.await_step(self._unseen)
         pipeline.in_child(self._forked)
         # The pipeline ends every run at exit; this one is for an optimizer that goes before.
         self._finalizer = weakref.finalize(optimizer, self._optimizer_is_gone)
@@ -187,7 +200,7 @@ class Agent:
     @classmethod
     def of(cls, optimizer: Optimizer) -> Agent:
         """The agent of a wrapped optimizer. Raises `NotWrappedError` where there is none."""
-        agent = _agents.get(arguments.behind(optimizer))
+        agent = _agents.get(watched_of(optimizer).optimizer)
         if agent is None:
             msg = f"this {type(optimizer).__name__} is not wrapped: call gradwatch.wrap first"
             raise NotWrappedError(msg)
@@ -305,9 +318,13 @@ class Agent:
 
     def _begin(self, optimizer: Optimizer) -> Tape:
         """At the first step: where it is recorded."""
+        self._unseen.seen()
         return self._recording.begin(optimizer, self._hooks, self._settle)
 
     def _end(self, status: RunStatus, timeout: float) -> None:
+        if status == "failed":  # perhaps before its first step: that there was none is no news
+            self._unseen.seen()
+        self._unseen.end()
         if not self._closed:
             self._closed = True
             self._let_go()
@@ -317,6 +334,8 @@ class Agent:
     def _let_go(self) -> None:
         """Off the optimizer, with hooks and all."""
         self._finalizer.detach()
+        if self._two_pass is not None:
+            self._two_pass.off()
         for handle in self._handles:
             handle.remove()
         if (optimizer := self._optimizer()) is not None:

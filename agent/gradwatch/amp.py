@@ -12,6 +12,10 @@ import types
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from torch.amp.grad_scaler import OptState
+
+from gradwatch.scaling import LossScale
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -21,7 +25,24 @@ if TYPE_CHECKING:
 
     from gradwatch.hooks import StepHooks
 
-__all__ = ["ScalerWatch"]
+__all__ = ["ScalerWatch", "handed_over"]
+
+
+def handed_over(scaler: GradScaler, optimizer: Optimizer) -> LossScale:
+    """What `GradScaler.step` leaves to an optimizer that it calls as `step(grad_scaler=scaler)`.
+
+    It does so for a class with `_step_supports_amp_scaling` whose `step` has that argument (the
+    protocol of apex): the gradients still carry the scale unless `unscale_` was called, and the
+    optimizer's `step` unscales them, records whether there is an inf, and skips where there is one.
+    """
+    if not scaler.is_enabled():
+        return LossScale(1.0, suppressed=False)
+    scale = float(scaler.get_scale())
+    state = scaler._per_optimizer_states.get(id(optimizer), {})
+    if state.get("stage") is OptState.UNSCALED:
+        found = state.get("found_inf_per_device", {}).values()
+        return LossScale(1.0, any(float(inf) for inf in found), scale, own=True)
+    return LossScale(scale, scale == 0.0, scale, own=True)
 
 
 class ScalerWatch:

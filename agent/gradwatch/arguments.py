@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch.optim import Optimizer
 
 from gradwatch._version import __version__
 from gradwatch.errors import ConfigurationError
@@ -19,6 +18,8 @@ from gradwatch.policies import Policy, SkipSpikes
 from gradwatch.step_log import number
 
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from gradwatch.config import Settings
     from gradwatch.hooks import StepHooks
     from gradwatch.treatment import OnNonFinite
@@ -27,7 +28,6 @@ __all__ = [
     "CLOSE_SECONDS",
     "NOT_GIVEN",
     "NotGiven",
-    "behind",
     "describe",
     "loaded",
     "model_and_scaler",
@@ -35,7 +35,6 @@ __all__ = [
     "parts",
     "settings_of",
     "sparse",
-    "stepping",
     "tags",
 ]
 
@@ -51,38 +50,6 @@ class NotGiven:
 
 
 NOT_GIVEN: Final = NotGiven()
-
-
-def behind(optimizer: Any) -> Any:
-    """The optimizer that takes the steps, where this one only stands before it.
-
-    accelerate's `prepare` and Lightning's `optimizers()` return such a front: it is an Optimizer by
-    its class, shares the parameter groups of the one inside, and calls that one's `step`.
-    """
-    while True:
-        inner = getattr(optimizer, "optimizer", None)
-        if (
-            inner is optimizer
-            or not isinstance(inner, Optimizer)
-            or inner.param_groups is not optimizer.param_groups
-        ):
-            return optimizer
-        optimizer = inner
-
-
-def stepping(optimizer: Any) -> Optimizer:
-    """The optimizer whose steps are to be watched: the one given, or the one behind it."""
-    if not isinstance(optimizer, Optimizer):
-        msg = f"wrap takes a torch.optim.Optimizer, not {type(optimizer).__name__}"
-        raise ConfigurationError(msg)
-    found: Optimizer = behind(optimizer)
-    if not hasattr(found, "_optimizer_step_pre_hooks"):
-        msg = (
-            f"{type(found).__name__} is a torch.optim.Optimizer by its class alone (it never called "
-            "Optimizer.__init__): wrap the optimizer that it calls"
-        )
-        raise ConfigurationError(msg)
-    return found
 
 
 def parts(optimizer: Optimizer, clip: Any) -> list[Part]:

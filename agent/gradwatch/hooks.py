@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gradwatch.amp import handed_over
 from gradwatch.deferred import IN_FLIGHT, Deferred, on_a_device
 from gradwatch.errors import ConfigurationError
 from gradwatch.events import encode_event
 from gradwatch.fallback import clip_plainly
 from gradwatch.frames import is_within_a_step, leave_to_python, only_makes_state
+from gradwatch.leaving_out import Rewind, StepLeftOut, may_be_left_out
 from gradwatch.recorder import FLAGS
-from gradwatch.scaling import Carrier
+from gradwatch.scaling import Carrier, LossScale
 from gradwatch.step_log import StepLog
 from gradwatch.treatment import OnNonFinite, OpenStep, Treatment
 
@@ -76,6 +78,13 @@ class StepHooks:
         self._nested = 0  # steps under way that are not to be looked at: super().step() inside one
         self._untaught: deque[OpenStep] = deque()  # deferred steps that are on record
         self._may_defer = False  # the gradients are on a device; seen at the first step
+        self._guarded = False  # `step()` was called through the guard, and is under way
+        self._entered = False  # and `before` has been called since
+        self._given_scaler: Any = None  # what `step(grad_scaler=…)` was called with
+        self._may_leave_out = may_be_left_out(optimizer)
+        self.left_out = 0  # steps that were left out; never reset
+        self._rewind = Rewind(optimizer, report)
+        self._has_closure = False  # the step under way has one
 
     # -- the hooks -----------------------------------------------------------------------------
 
@@ -84,13 +93,15 @@ class StepHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before `step()`. With a closure the gradient is made inside it: look there."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if self._open is not None and is_within_a_step(optimizer):
+        if self._entered or (self._open is not None and is_within_a_step(optimizer)):
             self._nested += 1
             return None
         if closure is not None and hasattr(closure, _WATCHED):
             self._nested += 1
             return None
         self._nested = 0
+        self._entered = self._guarded
+        self._given_scaler = kwargs.get("grad_scaler")
         if closure is None and "closure" in kwargs and only_makes_state():
             self._nested += 1
             return None
@@ -116,6 +127,25 @@ class StepHooks:
             if step is not None:
                 self.step = step.number + 1
             self._failed(error, lost=step is not None and not step.recorded)
+
+    def enter_guard(self) -> bool:
+        """`step()` is called through the guard around it; False where that is so already."""
+        if self._guarded:
+            return False
+        self._guarded, self._entered = True, False
+        self._carrier.leaves_out = self._may_leave_out
+        return True
+
+    def leave_guard(self) -> None:
+        """That call is over, however it ended."""
+        self._guarded = self._entered = self._carrier.leaves_out = False
+        self._given_scaler = None
+
+    def after_left_out(self, optimizer: Optimizer) -> None:
+        """Instead of `after`, where the optimizer's `step()` was not called, or left at once."""
+        self._nested = 0
+        self.left_out += 1
+        self.after(optimizer, (), {})
 
     def broken_off(self, optimizer: Optimizer) -> None:
         """`step()` was left by an exception: gradients and optimizer as they were before it.
@@ -208,25 +238,32 @@ class StepHooks:
         else:
             self._take_over(optimizer, step)
         step = self._open
+        self._raise(optimizer, step)
+
+    def _raise(self, optimizer: Optimizer, step: OpenStep | None, result: Any = None) -> None:
+        """Leave `step()` at once: by the error that was asked for, or so that it is left out."""
         if step is not None and step.error is not None:
             error = step.error
             self.after(optimizer, (), {})
             raise error
+        if self._carrier.left_out:
+            raise StepLeftOut(result)
 
     def _take_over(self, optimizer: Optimizer, step: OpenStep) -> None:
         """`clip()` has looked and clipped. What is left: an overflow, or a step to skip."""
         try:
             step.by_hand = None
-            amp = self._carrier.loss_scale(optimizer)
+            amp = self._loss_scale(optimizer)
             if amp.in_memory != 1.0:
                 # clip() was called before unscale_: what it saw was this much greater.
                 step.loss_scale = amp.in_memory
                 step.pre_norm /= amp.in_memory
                 step.post_norm /= amp.in_memory
-            if amp.suppressed:
+            own_overflow = amp.own and amp.in_memory != 1.0 and not math.isfinite(step.pre_norm)
+            if amp.suppressed or own_overflow:
                 step.error = None
                 self._treat.overflow(step)
-            if step.flags & FLAGS.SKIPPED:
+            if step.flags & FLAGS.SKIPPED and not (amp.own and step.flags & FLAGS.AMP_OVERFLOW):
                 self._treat.skip(step)
         except Exception as error:  # noqa: BLE001 - the border with the training loop
             self.step += 1
@@ -235,25 +272,43 @@ class StepHooks:
     def _watch(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, with a look and a clip after its backward pass."""
         evaluated = False
+        may_skip = self._treat.may_skip and self._guarded
+        if may_skip:
+            self._has_closure = True
+            self._rewind.begin(optimizer)
 
         def watched() -> Any:
             nonlocal evaluated
             loss = closure()
-            if evaluated:
-                # LBFGS asks several times a step: every gradient is clipped, the first recorded.
-                try:
-                    self._treat.clip_again(optimizer)
-                except Exception as error:  # noqa: BLE001 - the border with the training loop
-                    self._failed(error, lost=False)
-            else:
-                evaluated = True
-                if self.loss is None:
-                    self.loss = _scalar(loss)
-                self._enter(optimizer)
+            try:
+                if evaluated:
+                    # LBFGS asks several times a step: each gradient is clipped, the first recorded.
+                    self._look_again(optimizer)
+                else:
+                    evaluated = True
+                    if self.loss is None:
+                        self.loss = _scalar(loss)
+                    self._enter(optimizer)
+            except StepLeftOut as left:
+                left.result = loss
+                self._rewind.undo(optimizer)
+                raise
+            if may_skip:
+                self._rewind.evaluated(optimizer)
             return loss
 
         setattr(watched, _WATCHED, True)
         return watched
+
+    def _look_again(self, optimizer: Optimizer) -> None:
+        """A further evaluation of the closure in one step."""
+        step = self._open
+        try:
+            self._treat.look_again(optimizer, step)
+        except Exception as error:  # noqa: BLE001 - the border with the training loop
+            self._failed(error, lost=False)
+            return
+        self._raise(optimizer, step)
 
     def _look_and_act(self, optimizer: Optimizer, *, by_hand: bool) -> None:
         began = self._monotonic()
@@ -308,18 +363,28 @@ class StepHooks:
 
     def _treat_from_here(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> None:
         """Measure and clip; what a GradScaler found to overflow is left out."""
-        amp = self._carrier.loss_scale(optimizer)
-        if amp.in_memory != 1.0:
-            step.loss_scale = amp.in_memory
+        amp = self._loss_scale(optimizer)
+        if not math.isnan(amp.scale):
+            step.loss_scale = amp.scale
         elif self.scaler is not None:
             step.loss_scale = self.scaler.scale()
         if amp.suppressed:
-            for part in self.parts:
-                self._carrier.skip(*part.gradients(optimizer))
+            if not amp.own:
+                for part in self.parts:
+                    self._carrier.skip(*part.gradients(optimizer))
             self._treat.overflow(step)
-        else:
-            self._treat.look(optimizer, step, amp.in_memory, self.loss)
-            self._treat.act(optimizer, step, by_hand=by_hand)
+            return
+        self._treat.look(optimizer, step, amp.in_memory, self.loss)
+        if amp.own and amp.in_memory != 1.0 and not math.isfinite(step.pre_norm):
+            self._treat.overflow(step)  # the optimizer finds it as well, and skips
+            return
+        self._treat.act(optimizer, step, by_hand=by_hand)
+
+    def _loss_scale(self, optimizer: Optimizer) -> LossScale:
+        """What a GradScaler left for this step, on the optimizer or by handing itself over."""
+        if self._given_scaler is not None:
+            return handed_over(self._given_scaler, optimizer)
+        return self._carrier.loss_scale(optimizer)
 
     def _first(self, optimizer: Optimizer) -> Tape:
         """Begin a tape; before it, refuse a policy that cannot clip what gradients there are."""
@@ -338,6 +403,9 @@ class StepHooks:
     def _close(self, optimizer: Optimizer, step: OpenStep, began: float) -> None:
         """The step is over: on record, or as soon as its numbers are here."""
         self._open = None
+        if self._has_closure:
+            self._has_closure = False
+            self._rewind.end()
         self.step = step.number + 1
         tape = self.tape or self._ensure_tape(optimizer)
         step.ended = began
@@ -396,5 +464,5 @@ def _scalar(loss: Any) -> Tensor | float | None:
 
 
 leave_to_python(
-    StepHooks.before, StepHooks.after, StepHooks._enter, StepHooks.clip, Treatment.clip_again
+    StepHooks.before, StepHooks.after, StepHooks._enter, StepHooks.clip, StepHooks._look_again
 )

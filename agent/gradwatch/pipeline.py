@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from gradwatch import identity
 from gradwatch.clock import Clock, SystemClock
@@ -33,6 +33,19 @@ if TYPE_CHECKING:
 __all__ = ["Pipeline"]
 
 EXIT_SECONDS = 2.0  # how long the interpreter's exit waits for the worker at most
+
+
+class Awaited(Protocol):
+    """A watch that may not have seen a step yet."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether it has seen none."""
+        ...
+
+    def end(self) -> None:
+        """Say so, and look no further."""
+        ...
 
 
 class Pipeline:
@@ -61,6 +74,7 @@ class Pipeline:
         self._stopping = False
         self._ended_well = False
         self._in_child: list[weakref.WeakMethod[Callable[[], None]]] = []
+        self._awaited: list[Awaited] = []  # watches that may not have seen a step
 
     # -- called by agents ----------------------------------------------------------------------
 
@@ -120,6 +134,11 @@ class Pipeline:
                 )
                 self._thread.start()
         self._wake.set()
+
+    def await_step(self, watch: Awaited) -> None:
+        """End this watch with the process, so that it says where it has seen no step."""
+        self._awaited = [other for other in self._awaited if other.waits]
+        self._awaited.append(watch)
 
     def in_child(self, method: Callable[[], None]) -> None:
         """Call this bound method in a forked child; it is held weakly."""
@@ -208,6 +227,9 @@ class Pipeline:
         Where it `died`, Prometheus goes on looking for it, so that it is missed.
         """
         deadline = time.monotonic() + timeout
+        for watch in self._awaited:
+            if status != "failed":
+                watch.end()
         with self._lock:
             channels = list(self._channels)
         for channel in channels:

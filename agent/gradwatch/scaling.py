@@ -35,11 +35,15 @@ class LossScale(NamedTuple):
     """What a GradScaler left on the optimizer for this step.
 
     `in_memory` is the factor the gradients in memory still carry (1.0 where there is no scaler,
-    and once unscaled); `suppressed`: it found an inf, and the kernel will apply nothing.
+    and once unscaled); `suppressed`: it found an inf, and the kernel will apply nothing. `scale` is
+    the scaler's own, where it is known though the gradients no longer carry it. `own`: the optimizer
+    was handed the scaler itself, so it unscales, looks for infs and skips by itself.
     """
 
     in_memory: float
     suppressed: bool
+    scale: float = math.nan
+    own: bool = False
 
 
 _NO_SCALER = LossScale(1.0, suppressed=False)
@@ -65,6 +69,10 @@ class Carrier:
         self._before: dict[str, Any] = {}
         self._in_force: Tensor | None = None  # the grad_scale of the step under way
         self._hidden: list[tuple[Tensor, Tensor]] = []
+        # Whether the optimizer's `step()` is not called where a step is to be skipped: the guard
+        # around it says so for each step that goes through it.
+        self.leaves_out = False
+        self.left_out = False  # the step under way is to be left out
 
     def loss_scale(self, optimizer: Optimizer) -> LossScale:
         """Read what a GradScaler set for this step."""
@@ -73,10 +81,10 @@ class Carrier:
             return _NO_SCALER
         scale = self._in_force = attributes.get("grad_scale")
         found_inf = attributes.get("found_inf")
-        return LossScale(
-            1.0 if scale is None else float(scale),
-            suppressed=found_inf is not None and bool(found_inf),
-        )
+        in_memory = 1.0 if scale is None else float(scale)
+        # By a scale that has fallen to 0 the kernel would divide.
+        suppressed = in_memory == 0.0 or (found_inf is not None and bool(found_inf))
+        return LossScale(in_memory, suppressed, math.nan if scale is None else in_memory)
 
     def can_fold(self, optimizer: Optimizer) -> bool:
         """Whether the kernel takes a divisor; a checkpoint may have brought one back that is not fused."""
@@ -120,11 +128,16 @@ class Carrier:
         raise TypeError(msg)
 
     def skip(self, params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Hide the gradients, so that this step touches neither parameters nor state.
+        """See to it that this step touches neither parameters nor state.
 
-        Works for torch's optimizers, fused or not, on the very first step too (a kernel told to
-        skip through `found_inf` leaves fused SGD's first momentum buffer uninitialised).
+        It is left out where that can be done. Where `step()` is under way already, the gradients
+        are hidden from it, which is enough for torch's own optimizers, fused or not, on the very
+        first step too (a kernel told to skip through `found_inf` leaves fused SGD's first momentum
+        buffer uninitialised).
         """
+        if self.leaves_out:
+            self.left_out = True
+            return
         self._hidden.extend(zip(params, grads, strict=True))
         for param in params:
             param.grad = None
@@ -135,6 +148,7 @@ class Carrier:
         Where an exception has `broken_off` the step, GradScaler does not delete what it set, and
         multiplies it into its next `grad_scale`: see `abandon`.
         """
+        self.left_out = False
         if self._hidden:
             for param, grad in self._hidden:
                 param.grad = grad
@@ -161,6 +175,7 @@ class Carrier:
         part is divided out again. Gradients hidden at the time are gone.
         """
         left = self._in_force
+        self.left_out = False
         self._hidden.clear()
         if self._before.get("found_inf") is _ABSENT:
             optimizer.__dict__.pop("found_inf", None)

@@ -15,6 +15,7 @@ from gradwatch.errors import NonFiniteGradientError
 from gradwatch.events import encode_event
 from gradwatch.norms import combine, tensor_norms
 from gradwatch.part import Part
+from gradwatch.policies import SkipSpikes
 from gradwatch.recorder import FLAGS
 from gradwatch.records import Scale, Skip
 from gradwatch.scaling import CLIP_EPSILON, DIVISOR_LIMIT
@@ -85,6 +86,8 @@ class Treatment:
         """Note what the policies ask for; again whenever one has been replaced."""
         self._wants_loss = any(part.policy.wants_loss for part in self.parts)
         self._learns = any(part.policy.learns for part in self.parts)
+        skipping = any(isinstance(part.policy, SkipSpikes) for part in self.parts)
+        self.may_skip = skipping or self.on_nonfinite == "skip"
 
     def look_anew(self) -> None:
         """Note what the loop does as if for the first time: it may be another loop."""
@@ -287,10 +290,17 @@ class Treatment:
             for part, measured in zip(self.parts, step.measured, strict=True):
                 part.state = part.policy.update(part.state, measured.norm, loss)
 
-    def clip_again(self, optimizer: Optimizer) -> None:
-        """A further gradient of the same step (LBFGS): clipped in place, not on record."""
-        for part in self.parts:
-            measured = part.measure(optimizer, 1.0)
-            if measured.finite:
-                decision = part.policy.decide(measured, part.state)
-                self._carrier.carry_out(optimizer, decision, measured, fold=False)
+    def look_again(self, optimizer: Optimizer, step: OpenStep | None) -> None:
+        """A further gradient of the same step (LBFGS): clipped in place, and noted where it is bad."""
+        measured = [part.measure(optimizer, 1.0) for part in self.parts]
+        if all(m.finite for m in measured):
+            for part, m in zip(self.parts, measured, strict=True):
+                decision = part.policy.decide(m, part.state)
+                self._carrier.carry_out(optimizer, decision, m, fold=False)
+        elif step is not None and not step.flags & FLAGS.NONFINITE:
+            step.measured = measured
+            step.pre_norm = combine([m.norm for m in measured], measured[0].norm_type)
+            step.post_norm = _nan
+            step.messages = [*step.messages, encode_event(self._nonfinite(optimizer, step))]
+            if step.flags & FLAGS.SKIPPED:
+                self.skip(step)
