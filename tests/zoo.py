@@ -212,7 +212,15 @@ class Loop:
         return comparable([list(self.net.parameters()), self.optimizer])
 
 
-_LEFT_OUT = ("grad_scale", "found_inf", "step", "first_step", "second_step", "_opt_called")
+_LEFT_OUT = (
+    "grad_scale",
+    "found_inf",
+    "zero_grad",
+    "step",
+    "first_step",
+    "second_step",
+    "_opt_called",
+)
 
 
 def comparable(value, seen=()):
