@@ -42,6 +42,8 @@ def handed_over(scaler: GradScaler, optimizer: Optimizer) -> LossScale:
     if state.get("stage") is OptState.UNSCALED:
         found = state.get("found_inf_per_device", {}).values()
         return LossScale(1.0, any(float(inf) for inf in found), scale, own=True)
+    if scale == 0.0:  # by which the optimizer would divide: it is not called, the scaler is content
+        scaler._check_inf_per_device(optimizer)
     return LossScale(scale, scale == 0.0, scale, own=True)
 
 

@@ -259,11 +259,13 @@ class StepHooks:
                 step.loss_scale = amp.in_memory
                 step.pre_norm /= amp.in_memory
                 step.post_norm /= amp.in_memory
+            no_scale = amp.scale == 0.0 or (self.scaler is not None and self.scaler.scale() == 0.0)
             own_overflow = amp.own and amp.in_memory != 1.0 and not math.isfinite(step.pre_norm)
-            if amp.suppressed or own_overflow:
+            if amp.suppressed or own_overflow or no_scale:
                 step.error = None
                 self._treat.overflow(step)
-            if step.flags & FLAGS.SKIPPED and not (amp.own and step.flags & FLAGS.AMP_OVERFLOW):
+            own_skip = amp.own and step.flags & FLAGS.AMP_OVERFLOW and not no_scale
+            if step.flags & FLAGS.SKIPPED and not own_skip:
                 self._treat.skip(step)
         except Exception as error:  # noqa: BLE001 - the border with the training loop
             self.step += 1
@@ -368,8 +370,10 @@ class StepHooks:
             step.loss_scale = amp.scale
         elif self.scaler is not None:
             step.loss_scale = self.scaler.scale()
-        if amp.suppressed:
-            if not amp.own:
+        # Unscaled by a scale that has fallen to 0, every gradient is NaN.
+        no_scale = step.loss_scale == 0.0
+        if amp.suppressed or no_scale:
+            if not amp.own or no_scale:
                 for part in self.parts:
                     self._carrier.skip(*part.gradients(optimizer))
             self._treat.overflow(step)
