@@ -14,6 +14,7 @@ from gradwatch import arguments
 from gradwatch.amp import ScalerWatch
 from gradwatch.arguments import NOT_GIVEN, NotGiven
 from gradwatch.errors import AlreadyWrappedError, ConfigurationError, NotWrappedError
+from gradwatch.frames import outer_of_step
 from gradwatch.fronts import watched_of
 from gradwatch.guard import guard, unguard
 from gradwatch.hooks import StepHooks
@@ -319,6 +320,14 @@ class Agent:
     def _begin(self, optimizer: Optimizer) -> Tape:
         """At the first step: where it is recorded."""
         self._unseen.seen()
+        if self._two_pass is None and (outer := outer_of_step(optimizer)) is not None:
+            ours, theirs = type(optimizer).__name__, type(outer).__name__
+            self._recording.pipeline.troubles.report(
+                "outer",
+                f"step() of the wrapped {ours} is called by the step() of {theirs}: what {theirs} does "
+                "to the gradient before it is recorded as well, and what it does to the weights is not "
+                f"left out where a step is skipped. Wrap the {theirs} instead",
+            )
         return self._recording.begin(optimizer, self._hooks, self._settle)
 
     def _end(self, status: RunStatus, timeout: float) -> None:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gradwatch.fronts import steps_another
+
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-__all__ = ["is_within_a_step", "leave_to_python", "only_makes_state"]
+__all__ = ["is_within_a_step", "leave_to_python", "only_makes_state", "outer_of_step"]
 
 
 def is_within_a_step(optimizer: Optimizer) -> bool:
@@ -43,6 +45,17 @@ def only_makes_state() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def outer_of_step(optimizer: Optimizer) -> Any:
+    """The optimizer whose own `step` calls this one's, None where the loop calls it (or a front)."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        outer = frame.f_locals.get("self") if frame.f_code.co_name.endswith("step") else None
+        if outer is not None and outer is not optimizer and steps_another(outer, optimizer):
+            return outer
+        frame = frame.f_back
+    return None
 
 
 def leave_to_python(*functions: Any) -> bool:

@@ -24,7 +24,7 @@ from gradwatch.errors import ConfigurationError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Watched", "is_optimizer", "watched_of", "within"]
+__all__ = ["Watched", "is_optimizer", "steps_another", "watched_of", "within"]
 
 _FRONTS = frozenset({"accelerate", "lightning", "lightning_fabric", "pytorch_lightning"})
 _REFUSED = {
@@ -82,6 +82,16 @@ def is_optimizer(candidate: Any) -> bool:
         callable(getattr(candidate, "step", None))
         and isinstance(groups, list)
         and all(isinstance(group, dict) and "params" in group for group in groups)
+    )
+
+
+def steps_another(outer: Any, inner: Optimizer) -> bool:
+    """Whether `outer` is an algorithm around `inner`, and not a front that passes its calls on."""
+    return (
+        is_optimizer(outer)
+        and not _packages(outer) & _FRONTS
+        and not _is_torchs_front(outer)
+        and any(held is inner for held in within(outer))
     )
 
 

@@ -5,9 +5,11 @@ import subprocess
 import sys
 import textwrap
 
+import accelerate
 import pytest
 import torch
-from loops import mlp, sgd, watched
+import zoo
+from loops import mlp, set_gradients, sgd, watched
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import gradwatch
@@ -368,3 +370,38 @@ def test_an_optimizer_that_takes_no_step_of_its_own_is_refused():
         optimizer = zoo.OPTIMIZERS[name](zoo.model())
         with pytest.raises(ConfigurationError, match=r"fused_backward\(\) and takes no step"):
             gradwatch.wrap(optimizer)
+
+
+@pytest.mark.parametrize("name", ["around.Lookahead", "around.TRAC", "around.OrthoGrad",
+                                  "around.ScheduleFreeWrapper", "SAM"])  # fmt: skip
+def test_an_outer_optimizer_that_steps_the_wrapped_one_is_told(name, caplog):
+    """Once, by its class, with what to wrap instead; and not where that is wrapped."""
+    loop = zoo.Loop({**zoo.OPTIMIZERS, **zoo.TWO_PASS}[name])
+    outer = loop.optimizer
+    inner = next(o for o in vars(outer).values() if isinstance(o, torch.optim.Optimizer))
+    how = loop.step_after_backward if name == "SAM" else loop.step
+    agent, _ = watched(inner)
+    how(0)
+    how(1)
+    agent.close()
+    told = [r.getMessage() for r in caplog.records if "Wrap the" in r.getMessage()]
+    assert len(told) == 1
+    assert f"Wrap the {type(outer).__name__} instead" in told[0]
+    caplog.clear()
+    agent, _ = watched(outer)
+    how(2)
+    agent.close()
+    assert not caplog.records
+
+
+def test_a_front_that_steps_the_wrapped_one_is_not_told_of(caplog):
+    """The one of accelerate passes the call on, and does nothing else."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    prepared = accelerate.Accelerator(cpu=True).prepare(optimizer)
+    agent, sink = watched(optimizer)
+    set_gradients(0, model)
+    prepared.step()
+    assert agent.flush()
+    assert len(sink.steps) == 1
+    assert not caplog.records
