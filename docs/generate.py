@@ -8,7 +8,15 @@ import textwrap
 from pathlib import Path
 
 from gradwatch.config import DEFAULT_STORE, Settings
-from gradwatch.metrics import AGENT, EXPORTER, LABELS, MONITOR, NORM_BUCKETS, Metric
+from gradwatch.metrics import (
+    AGENT,
+    EXPORTER,
+    LABELS,
+    MONITOR,
+    NORM_BUCKETS,
+    RUNS_NOT_EXPORTED,
+    Metric,
+)
 
 HERE = Path(__file__).parent
 RULES = HERE.parent / "dashboards" / "gradwatch_dashboards" / "prometheus"
@@ -22,12 +30,13 @@ def metrics() -> str:
         "# Metrics\n",
         (
             f"Those of the job carry the labels {' and '.join(f'`{label}`' for label in LABELS)}: the "
-            f"run's name and its rank (but `{EXPORTER.name}`). Counters exist from the run's first scrape, at 0; a gauge "
+            f"run's name and its rank (but `{EXPORTER.name}` and `{RUNS_NOT_EXPORTED.name}`, which "
+            "the process has once). Counters exist from the run's first scrape, at 0; a gauge "
             "appears with its first finite value; nothing non-finite is ever exposed. The source is "
             "`agent/gradwatch/metrics.py`.\n"
         ),
         "## From the training job\n",
-        *_table((*AGENT, EXPORTER)),
+        *_table((*AGENT, EXPORTER, RUNS_NOT_EXPORTED)),
         "",
         (
             f"The histograms have {len(NORM_BUCKETS)} buckets, four a decade, with upper bounds from "

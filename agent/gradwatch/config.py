@@ -72,6 +72,16 @@ class Settings(BaseSettings):
     metrics_addr: Annotated[str, Field(min_length=1, description="Address the exporter binds.")] = (
         "127.0.0.1"
     )
+    metrics_runs: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=100_000,
+            description="Runs of a process of which all series are exported, about a hundred each: "
+            "first those that go on, then the last to end. Of all others there is "
+            "`gradwatch_run_active` alone.",
+        ),
+    ] = 20
     advertised_addr: Annotated[
         str | None,
         Field(description="Host name or address under which Prometheus reaches the exporter."),

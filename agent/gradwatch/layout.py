@@ -73,6 +73,8 @@ class FLAGS:
     CLIPPED_LATE = 64  # those of the step before were clipped after it
     ADDED_TO = 128  # these were added to those of the step before
     NO_GRADIENT = 256  # no parameter had a gradient: there is no norm, which is not a norm of 0
+    NORM_SPIKE = 512  # there is an event grad_norm_spike of this step
+    LOSS_SPIKE = 1024  # there is an event loss_spike of this step
 
 
 STEP = struct.Struct("<QqddddddddIIQ")

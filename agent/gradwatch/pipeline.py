@@ -54,7 +54,7 @@ class Pipeline:
     def __init__(self, clock: Clock | None = None) -> None:
         self.clock: Clock = clock or SystemClock()
         self.troubles = Troubles()
-        self.metrics = PrometheusSink(self.clock.time)
+        self.metrics = PrometheusSink(self.clock.monotonic)
         self.job = identity.launcher(os.environ)
         self._delivery = Delivery(self.clock, self.troubles)
         self._patrol = Patrol(self.clock)
@@ -89,6 +89,8 @@ class Pipeline:
             return None
         asked_for = "metrics_port" in settings.model_fields_set
         with self._lock:
+            if self._exporter is None or "metrics_runs" in settings.model_fields_set:
+                self.metrics.most = settings.metrics_runs
             if self._exporter is None:
                 self._exporter = self._start_exporter(settings, port)
                 if self._exporter is None:

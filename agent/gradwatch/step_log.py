@@ -49,6 +49,8 @@ class StepLog:
             event = self._treat.notices.loss(step.number, step.time, loss)
             if event is not None:
                 step.messages = [*step.messages, encode_event(event)]
+                if event.kind == "loss_spike":
+                    step.flags |= FLAGS.LOSS_SPIKE
             if not isfinite(loss):
                 step.flags |= FLAGS.NONFINITE_LOSS
         lr = step.lr

@@ -36,6 +36,8 @@ __all__ = ["OnNonFinite", "OpenStep", "Treatment"]
 OnNonFinite = Literal["skip", "raise", "ignore"]
 _nan = math.nan
 _NO_END = 50  # steps in a row with a gradient that is not finite
+# The exporter counts these by the record, without reading the events.
+_FLAG_OF_EVENT = {"grad_norm_spike": FLAGS.NORM_SPIKE}
 
 
 class OpenStep:
@@ -163,6 +165,7 @@ class Treatment:
                 self.skip(step)
         if event is not None:
             step.messages = [*step.messages, encode_event(event)]
+            step.flags |= _FLAG_OF_EVENT.get(event.kind, 0)
         if event is not None or notices.due(step.number):
             self._sample(optimizer, step, always_weights=event is not None)
 
@@ -182,6 +185,7 @@ class Treatment:
             event = self._nonfinite(optimizer, step)
         if event is not None:
             step.messages = [*step.messages, encode_event(event)]
+            step.flags |= _FLAG_OF_EVENT.get(event.kind, 0)
         return event is not None
 
     def _sample(self, optimizer: Optimizer, step: OpenStep, *, always_weights: bool) -> None:

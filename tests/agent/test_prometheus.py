@@ -92,13 +92,20 @@ def test_every_metric_of_the_table_is_exported_and_no_other():
     suffixes = {"histogram": ("_bucket", "_count", "_sum")}
     expected = {
         m.name + suffix
-        for m in (*metrics.AGENT, metrics.EXPORTER)
+        for m in (*metrics.AGENT, metrics.EXPORTER, metrics.RUNS_NOT_EXPORTED)
         for suffix in suffixes.get(m.type, ("",))
-    } - {"gradwatch_loss", "gradwatch_loss_scale"}  # nobody logged a loss, there is no scaler
+    } - {
+        "gradwatch_loss", "gradwatch_max_loss", "gradwatch_last_finite_loss_timestamp_seconds",
+        "gradwatch_loss_scale",
+    }  # nobody logged a loss, there is no scaler  # fmt: skip
     assert {key[0] for key in samples} == expected
+    of_the_process = {metrics.EXPORTER.name, metrics.RUNS_NOT_EXPORTED.name}
+    table = {m.name: m for m in (*metrics.AGENT, metrics.EXPORTER, metrics.RUNS_NOT_EXPORTED)}
     for key in samples:
-        labels = {name for name, _ in key[1:]}
-        assert {"run", "rank"} <= labels or key[0] == "gradwatch_exporter_info"
+        labels = {name for name, _ in key[1:]} - {"le"}
+        name = next(n for n in (key[0], key[0].rsplit("_", 1)[0]) if n in table)
+        own = set() if name in of_the_process else {"run", "rank"}
+        assert labels == own | set(table[name].labels)
 
 
 def test_from_the_first_scrape_counters_are_0_and_gauges_absent():
@@ -152,14 +159,17 @@ def test_a_run_that_ended_is_still_scraped_for_a_while():
     agent, *_ = start(4)
     url = agent.metrics_url
     other, *_ = start(1, run="other")
-    assert value(scrape(url), "gradwatch_run_active") == 1
+    assert value(scrape(url), "gradwatch_run_active", uid=agent.run_id) == 1
     agent.close()
     assert value(scrape(url), "gradwatch_steps_total") == 4
-    assert value(scrape(url), "gradwatch_run_active") == 0
-    assert value(scrape(url), "gradwatch_run_active", run="other") == 1
+    assert value(scrape(url), "gradwatch_run_active", uid=agent.run_id) == 0
+    assert value(scrape(url), "gradwatch_run_active", run="other", uid=other.run_id) == 1
     replaced, *_ = start(2)
-    assert value(scrape(url), "gradwatch_steps_total") == 2
-    assert value(scrape(url), "gradwatch_run_active") == 1
+    samples = scrape(url)
+    assert value(samples, "gradwatch_steps_total") == 2
+    assert value(samples, "gradwatch_run_active", uid=replaced.run_id) == 1
+    # Else the last that Prometheus knows of the first one would be that it goes on.
+    assert value(samples, "gradwatch_run_active", uid=agent.run_id) == 0
     assert other.metrics_url == replaced.metrics_url == url
 
 

@@ -1,122 +1,74 @@
-"""The Prometheus sink: counts in numpy, families made when scraped, one exporter a process."""
+"""The Prometheus sink: which runs are exported, and the process's one exporter."""
 
 from __future__ import annotations
 
 import dataclasses
 import errno
-import math
+import gzip
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Protocol
+import urllib.parse
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    InfoMetricFamily,
-)
-from prometheus_client.exposition import start_http_server
-from prometheus_client.registry import Collector
+from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client.exposition import gzip_accepted, start_http_server
 
 from gradwatch import identity, metrics
-from gradwatch.recorder import FLAGS
 from gradwatch.sinks import scrapers
+from gradwatch.sinks.exposition import (
+    CONTENT_TYPE,
+    Numbers,
+    active_line,
+    families,
+    plain_line,
+)
+from gradwatch.sinks.series import Series, Vitals
+from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from prometheus_client.metrics_core import Metric as Family
+    from collections.abc import Callable, Iterable, Iterator
+    from wsgiref.types import StartResponse, WSGIEnvironment
 
     from gradwatch.records import Batch, RunInfo, RunStatus
 
-__all__ = ["Exporter", "PrometheusSink", "Vitals"]
+__all__ = ["Exporter", "PrometheusSink"]
 
 _PORTS_TRIED = 100
 _KEEP_ENDED_SECONDS = 900.0  # long enough for any scrape interval to see the last values
-_BOUNDS = np.array(metrics.NORM_BUCKETS)
-_FLAG_COUNTERS = {
-    "gradwatch_clipped_steps_total": FLAGS.CLIPPED,
-    "gradwatch_nonfinite_steps_total": FLAGS.NONFINITE,
-    "gradwatch_skipped_steps_total": FLAGS.SKIPPED,
-    "gradwatch_amp_overflow_steps_total": FLAGS.AMP_OVERFLOW,
-}
-_FIELD_GAUGES = {
-    "gradwatch_last_grad_norm_pre_clip": "pre_norm",
-    "gradwatch_last_grad_norm_post_clip": "post_norm",
-    "gradwatch_clip_threshold": "threshold",
-    "gradwatch_learning_rate": "lr",
-    "gradwatch_loss": "loss",
-    "gradwatch_loss_scale": "loss_scale",
-    "gradwatch_last_step_timestamp_seconds": "time",
-}
-_HISTOGRAMS = {
-    "gradwatch_grad_norm_pre_clip": "pre_norm",
-    "gradwatch_grad_norm_post_clip": "post_norm",
-}
+_FAILED_SECONDS = 600.0  # a process that lives so long after an exception did not die of it
 
 
-class Vitals(Protocol):
-    """What the agent knows of itself, read at scrape time."""
+class _Ended(NamedTuple):
+    """A run that has ended, of which at most one line is exported."""
 
-    def backlog(self) -> int:
-        """Records in the ring, not in the store yet."""
-        ...
+    run: RunInfo
+    ended_at: float
+    failed: bool
+    told_active: bool
 
-    def overhead_seconds(self) -> float:
-        """Time spent in the hooks on the training thread."""
-        ...
-
-    def dropped(self) -> dict[str, int]:
-        """Records lost to the store, by reason."""
-        ...
-
-
-class _Series:
-    """One run's counts. They start at 0 with the process and never go back."""
-
-    def __init__(self, run: RunInfo) -> None:
-        self.run = run
-        self.vitals: Vitals | None = None
-        self.ended_at: float | None = None
-        self.failed = False
-        self.counters = dict.fromkeys(("gradwatch_steps_total", *_FLAG_COUNTERS), 0)
-        self.gauges: dict[str, float] = {}
-        self.buckets = {name: np.zeros(len(_BOUNDS) + 1, dtype=np.int64) for name in _HISTOGRAMS}
-        self.sums = dict.fromkeys(_HISTOGRAMS, 0.0)
-
-    def go_on(self, run: RunInfo, vitals: Vitals | None) -> None:
-        self.run, self.vitals, self.ended_at, self.failed = run, vitals, None, False
-
-    def add(self, batch: Batch) -> None:
-        steps = batch.steps
-        if not len(steps):
-            return
-        self.counters["gradwatch_steps_total"] += len(steps)
-        for name, flag in _FLAG_COUNTERS.items():
-            self.counters[name] += int(np.count_nonzero(steps["flags"] & flag))
-        for name, field in _FIELD_GAUGES.items():
-            values = steps[field]
-            finite = values[np.isfinite(values)]
-            if len(finite):
-                self.gauges[name] = float(finite[-1])
-        for name, field in _HISTOGRAMS.items():
-            values = steps[field]
-            finite = values[np.isfinite(values)]
-            where = np.searchsorted(_BOUNDS, finite, side="left")
-            self.buckets[name] += np.bincount(where, minlength=len(_BOUNDS) + 1)
-            total = self.sums[name] + float(finite.sum())
-            self.sums[name] = total if math.isfinite(total) else self.sums[name]
+    def active(self, now: float) -> int | None:
+        """What its `gradwatch_run_active` says; None: nothing, so that the last value stands."""
+        if not self.told_active or (self.failed and now - self.ended_at < _FAILED_SECONDS):
+            return None
+        return 0
 
 
 class PrometheusSink:
-    """Keeps every run's counts, and hands them to the exporter's registry."""
+    """Keeps every run's counts, and writes those of some of them for a scrape.
 
-    def __init__(self, clock: Callable[[], float] = time.time) -> None:
+    All series are exported of `most` runs: of those that go on, in the order they began, then of
+    those that ended, the last first. Of every other run there is only `gradwatch_run_active`,
+    which tells a run that ended from one that was killed.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, most: int = 20) -> None:
+        self.most = most
         self._clock = clock
-        self._series: dict[str, _Series] = {}  # by run name: names are labels, so they must differ
+        self._series: dict[str, Series] = {}  # by run name: names are labels, so they must differ
+        self._ended: dict[str, _Ended] = {}  # by uid, what is in `_series` no more
         self._vitals: dict[str, Vitals] = {}  # by ring, until the run is opened
+        self._left_out = False  # whether it was said that not all is exported
         self._lock = threading.Lock()
 
     def watch(self, ring: str, vitals: Vitals) -> None:
@@ -126,21 +78,26 @@ class PrometheusSink:
     def open(self, run: RunInfo) -> RunInfo:
         """The run's counters exist from here on: at 0, or as they were if it goes on."""
         with self._lock:
-            self._forget_ended()
             name, ordinal = run.name, 1
             while (other := self._series.get(name)) and other.ended_at is None:
                 ordinal += 1
                 name = f"{run.name}-{ordinal}"
             run = dataclasses.replace(run, name=name)
-            if other is None or other.run.uid != run.uid:
-                other = self._series[name] = _Series(run)
-            other.go_on(run, self._vitals.pop(run.ring, None))
+            vitals = self._vitals.pop(run.ring, None)
+            if other is not None and other.run.uid != run.uid:
+                self._let_go(other)
+            if (series := self._series.get(name)) is None:
+                series = self._series[name] = Series(run)
+            series.go_on(run, vitals)
+            if (before := self._ended.pop(run.uid, None)) is not None:
+                series.told_active = before.told_active
+            self._forget()
         return run
 
     def write(self, run: RunInfo, batch: Batch) -> None:
         """Add the batch to the run's counts, all at once as a scrape sees it."""
         with self._lock:
-            self._series[run.name].add(batch)
+            self._series[run.name].add(batch, self._clock())
 
     def heartbeat(self, run: RunInfo) -> None:
         """Nothing to do: the exporter being there is the heartbeat."""
@@ -150,111 +107,113 @@ class PrometheusSink:
         with self._lock:
             series = self._series[run.name]
             series.ended_at, series.failed = self._clock(), status == "failed"
+            self._forget()
 
-    def families(self) -> list[Family]:
-        """All metric families with their samples, as of now."""
+    def exposition(self, wanted: Iterable[str] = ()) -> str:
+        """All families with their samples as of now; only those of `wanted`, where any are named."""
         with self._lock:
-            self._forget_ended()
-            runs = list(self._series.values())
-            return [*(_family(metric, runs) for metric in metrics.AGENT), _exporter()]
+            self._forget()
+            now = self._clock()
+            live = [s for s in self._series.values() if s.ended_at is None]
+            ended = [s for s in self._series.values() if s.ended_at is not None]
+            full = [*live[: self.most], *ended]
+            lines = [series.lines.filled(_numbers(series, now)) for series in full]
+            lines += self._active_alone(live[self.most :], now)
+            left_out = len(live[self.most :]) + len(self._ended)
+            for series in live:
+                series.told_active = True
+        lines.append(plain_line(metrics.EXPORTER.name, {"answering": identity.process()}, 1))
+        lines.append(plain_line(metrics.RUNS_NOT_EXPORTED.name, {}, left_out))
+        return families(lines, wanted)
 
-    def _forget_ended(self) -> None:
+    def _active_alone(self, live: list[Series], now: float) -> Iterator[dict[str, str]]:
+        told = [(series.run, 1) for series in live]
+        told += [
+            (ended.run, active)
+            for ended in self._ended.values()
+            if (active := ended.active(now)) is not None
+        ]
+        for run, active in told:
+            yield {"gradwatch_run_active": f"{active_line(run.name, run.rank, run.uid)}{active}\n"}
+
+    def _forget(self) -> None:
+        """Let go of what ended long ago, and of what there is no room for: first what ended first."""
         oldest = self._clock() - _KEEP_ENDED_SECONDS
-        self._series = {
-            name: series
+        self._ended = {uid: its for uid, its in self._ended.items() if its.ended_at > oldest}
+        ended = sorted(
+            (series.ended_at, name)
             for name, series in self._series.items()
-            if series.ended_at is None or series.ended_at > oldest
-        }
+            if series.ended_at is not None
+        )
+        live = len(self._series) - len(ended)
+        too_many = max(0, len(self._series) - max(self.most, live))
+        for number, (ended_at, name) in enumerate(ended):
+            if ended_at <= oldest:
+                del self._series[name]
+            elif number < too_many:
+                self._let_go(self._series[name])
+        if (too_many or live > self.most) and not self._left_out:
+            self._left_out = True
+            logger.warning(
+                "gradwatch: more than %d runs are in this process: /metrics has every series of %d "
+                "of them, first of those that go on, and gradwatch_run_active alone of the others; "
+                "GRADWATCH_METRICS_RUNS sets how many (all of them are in the store)",
+                self.most, self.most,
+            )  # fmt: skip
+
+    def _let_go(self, series: Series) -> None:
+        """Keep of a run that has ended only what says so."""
+        run, at = series.run, series.ended_at
+        del self._series[run.name]
+        if at is not None:
+            self._ended[run.uid] = _Ended(run, at, series.failed, series.told_active)
 
 
-def _exporter() -> Family:
-    metric = metrics.EXPORTER
-    family = InfoMetricFamily(metric.name.removesuffix("_info"), metric.meaning)
-    family.add_metric((), {"answering": identity.process()})
-    return family
-
-
-def _family(metric: metrics.Metric, runs: list[_Series]) -> Family:
-    family: Family = _FAMILIES[metric.type](metric)
-    for series in runs:
-        labels = [series.run.name, str(series.run.rank)]
-        _ADDERS[metric.type](family, metric.name, labels, series)
-    return family
-
-
-def _add_counter(family: Any, name: str, labels: list[str], series: _Series) -> None:
+def _numbers(series: Series, now: float) -> Numbers:
     vitals = series.vitals
-    if name == "gradwatch_dropped_records_total":
-        dropped = vitals.dropped() if vitals else {}
-        for reason in metrics.DROP_REASONS:
-            family.add_metric([*labels, reason], dropped.get(reason, 0))
-    elif name == "gradwatch_overhead_seconds_total":
-        family.add_metric(labels, vitals.overhead_seconds() if vitals else 0.0)
-    else:
-        family.add_metric(labels, series.counters[name])
-
-
-def _add_gauge(family: Any, name: str, labels: list[str], series: _Series) -> None:
-    if name == "gradwatch_recorder_backlog_records":
-        family.add_metric(labels, series.vitals.backlog() if series.vitals else 0)
-    elif name == "gradwatch_run_active":
-        if not series.failed:  # the last that Prometheus knows is that it went on
-            family.add_metric(labels, series.ended_at is None)
-    elif name in series.gauges:
-        family.add_metric(labels, series.gauges[name])
-
-
-def _add_histogram(family: Any, name: str, labels: list[str], series: _Series) -> None:
-    counts = np.cumsum(series.buckets[name]).tolist()
-    bounds = [*map(str, metrics.NORM_BUCKETS), "+Inf"]
-    family.add_metric(labels, list(zip(bounds, counts, strict=True)), series.sums[name])
-
-
-def _add_info(family: Any, name: str, labels: list[str], series: _Series) -> None:  # noqa: ARG001
-    run = series.run
-    versions = run.settings.get("versions", {})
-    values = {
-        "uid": run.uid,
-        "host": run.host,
-        "optimizer": str(run.settings.get("optimizer", "")),
-        "policy": str(run.settings.get("clip", "")),
-        "gradwatch": str(versions.get("gradwatch", "")),
-        "torch": str(versions.get("torch", "")),
+    values: dict[str, float] = {
+        **series.counters,
+        **series.gauges(now),
+        "gradwatch_overhead_seconds_total": vitals.overhead_seconds() if vitals else 0.0,
+        "gradwatch_recorder_backlog_records": vitals.backlog() if vitals else 0,
     }
-    family.add_metric(labels, values)
+    if series.ended_at is None:
+        active: int | None = 1
+    else:
+        active = _Ended(series.run, series.ended_at, series.failed, told_active=True).active(now)
+    return Numbers(
+        values,
+        vitals.dropped() if vitals else {},
+        {name: np.cumsum(counts).tolist() for name, counts in series.buckets.items()},
+        series.sums,
+        active,
+    )
 
 
-_FAMILIES: dict[str, Callable[[metrics.Metric], Any]] = {
-    "counter": lambda m: CounterMetricFamily(
-        m.name.removesuffix("_total"), m.meaning, labels=(*metrics.LABELS, *m.labels)
-    ),
-    "gauge": lambda m: GaugeMetricFamily(m.name, m.meaning, labels=(*metrics.LABELS, *m.labels)),
-    "histogram": lambda m: HistogramMetricFamily(m.name, m.meaning, labels=metrics.LABELS),
-    "info": lambda m: InfoMetricFamily(
-        m.name.removesuffix("_info"), m.meaning, labels=metrics.LABELS
-    ),
-}
-_ADDERS: dict[str, Callable[[Any, str, list[str], _Series], None]] = {
-    "counter": _add_counter,
-    "gauge": _add_gauge,
-    "histogram": _add_histogram,
-    "info": _add_info,
-}
+class _App:
+    """Answers a scrape; whatever else is asked, as `prometheus_client` does."""
 
-
-class _Collector(Collector):
     def __init__(self, sink: PrometheusSink) -> None:
         self._sink = sink
+        self._others: Any = make_wsgi_app(CollectorRegistry())
 
-    def collect(self) -> Iterator[Family]:
-        return iter(self._sink.families())
-
-    def describe(self) -> list[Family]:
-        return []
+    def __call__(self, environ: WSGIEnvironment, respond: StartResponse) -> Iterable[bytes]:
+        """The metrics, where that is what was asked for."""
+        if environ["REQUEST_METHOD"] != "GET" or environ["PATH_INFO"] == "/favicon.ico":
+            answer: Iterable[bytes] = self._others(environ, respond)
+            return answer
+        asked = urllib.parse.parse_qs(environ.get("QUERY_STRING", ""))
+        body = self._sink.exposition(asked.get("name[]", ())).encode("utf-8", "replace")
+        headers = [("Content-Type", CONTENT_TYPE)]
+        if gzip_accepted(environ.get("HTTP_ACCEPT_ENCODING", "")):
+            body = gzip.compress(body, compresslevel=1)  # without the interpreter's lock
+            headers.append(("Content-Encoding", "gzip"))
+        respond("200 OK", headers)
+        return [body]
 
 
 class Exporter:
-    """The process's one HTTP server for Prometheus, with a registry of its own."""
+    """The process's one HTTP server for Prometheus."""
 
     def __init__(
         self, sink: PrometheusSink, *, addr: str, port: int, advertised: str | None
@@ -263,10 +222,9 @@ class Exporter:
 
         Raises `OSError` where none can be bound.
         """
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collector(sink))
         self.requested = port
-        self._server, self._thread = _serve(registry, addr, port)
+        self._server, self._thread = _serve(addr, port)
+        self._server.set_app(_App(sink))
         scrapers.limit(self._server)
         self.port: int = self._server.server_port
         host = advertised or ("127.0.0.1" if addr in {"0.0.0.0", "::", ""} else addr)  # noqa: S104
@@ -290,11 +248,11 @@ class Exporter:
         self._thread.join(timeout=1.0)
 
 
-def _serve(registry: CollectorRegistry, addr: str, port: int) -> tuple[Any, threading.Thread]:
+def _serve(addr: str, port: int) -> tuple[Any, threading.Thread]:
     last = port if port == 0 else min(port + _PORTS_TRIED, 65535)
     for candidate in range(port, last + 1):
         try:
-            return start_http_server(candidate, addr, registry)
+            return start_http_server(candidate, addr, CollectorRegistry())
         except OSError as error:
             if error.errno != errno.EADDRINUSE or candidate == last:
                 raise
