@@ -10,7 +10,15 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["LEAST_SECONDS", "RECENT", "Pace", "PaceKeeper", "longest_pause", "pace_of"]
+__all__ = [
+    "LEAST_SECONDS",
+    "RECENT",
+    "Pace",
+    "PaceKeeper",
+    "longest_pause",
+    "pace_of",
+    "within_attempts",
+]
 
 RECENT = 1000  # intervals between steps, of which the median is the usual step time
 LEAST_SECONDS = 30.0  # no loop counts as stalled before
@@ -58,7 +66,7 @@ def pace_of(
         starts: first steps of attempts. What lies between two attempts is no pause of the loop.
         longest: the longest pause that is known from before these records.
     """
-    within = _within(steps, starts)
+    within = within_attempts(steps, starts)
     spans = np.diff(steps)[within]
     seconds = np.maximum(np.diff(times)[within], 0.0)  # a clock may be set back
     if not len(seconds):
@@ -110,8 +118,8 @@ def longest_pause(
     return max(0.0, float(np.max(seconds - (spans - 1) * usual, initial=0.0)))
 
 
-def _within(steps: np.ndarray[Any, Any], starts: Sequence[int]) -> np.ndarray[Any, Any]:
-    """Which intervals lie within one attempt, and lead forwards."""
+def within_attempts(steps: np.ndarray[Any, Any], starts: Sequence[int]) -> np.ndarray[Any, Any]:
+    """Which intervals between `steps` lie within one attempt, and lead forwards: shape (n - 1,)."""
     forwards: np.ndarray[Any, Any] = np.diff(steps) > 0
     for start in starts:
         forwards &= ~((steps[:-1] < start) & (steps[1:] >= start))

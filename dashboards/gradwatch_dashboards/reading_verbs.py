@@ -41,18 +41,20 @@ def runs(
     with open_store(store) as opened:
         found = opened.runs(limit=limit + 1)
         more, found = len(found) > limit, found[:limit]
-        rows = [{**_run_dict(run), "steps": _steps(opened, run)} for run in found]
+        rows = [_with_last_step(opened, run) for run in found]
     if as_json:
         print_json(rows)
         return
     if not rows:
         out.print(f"No runs in {escape(opened.name)} yet.")
         return
-    table = Table("id", "name", "status", "steps", "started", "host", "clip", box=None)
+    table = Table("id", "name", "status", "steps", "last step", "started", "host", "clip", box=None)
     for row in rows:
         clip = str(row["settings"].get("clip", ""))
+        last = row["last_time"]
         cells = (row["id"], row["name"], row["status"], f"{row['steps']:,}",
-                 _when(row["started_at"]), row["host"], clip)  # fmt: skip
+                 "–" if last is None else _when(last), _when(row["started_at"]), row["host"],
+                 clip)  # fmt: skip
         table.add_row(*(escape(str(cell)) for cell in cells))
     out.print(table)
     if more:
@@ -66,6 +68,7 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
 
     with open_store(store) as opened:
         found = opened.run(run)
+        told = _run_dict(opened, found)
         summary = opened.summary(found.id)
         findings = find(opened, found.id)
         past = ended(opened, found.id, findings)
@@ -73,7 +76,7 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
     if as_json:
         print_json(
             {
-                **_run_dict(found),
+                **told,
                 **dataclasses.asdict(summary),
                 "steps": summary.taken,
                 "stored_steps": summary.steps,
@@ -83,7 +86,7 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
             }
         )
     else:
-        _show(found, summary, findings, events)
+        _show(found, str(told["status"]), summary, findings, events)
     if findings:
         raise typer.Exit(NOT_FOUND)
 
@@ -97,6 +100,7 @@ def diagnose(run: RunArgument, store: StoreOption = None, as_json: JsonOption = 
         found = opened.run(run)
         findings = find(opened, found.id)
         still = None if findings or as_json else History.of(opened, found.id).standstill()
+        last = opened.last_taken(found.id)
     if as_json:
         print_json([dataclasses.asdict(finding) for finding in findings])
     else:
@@ -111,18 +115,22 @@ def diagnose(run: RunArgument, store: StoreOption = None, as_json: JsonOption = 
         if still:
             out.print(f"But {still}: where it should fall, look at the data, the learning rate and "
                       "the initialisation.")  # fmt: skip
+        if last is not None:
+            out.print(f"Its last step, {last.step:,}, was taken at {_age(last.time, found)}.")
     if findings:
         raise typer.Exit(NOT_FOUND)
 
 
-def _show(found: Run, summary: Summary, findings: list[Finding], events: list[Event]) -> None:
+def _show(
+    found: Run, status: str, summary: Summary, findings: list[Finding], events: list[Event]
+) -> None:
     table = Table(box=None, show_header=False, title=escape(found.name), title_justify="left")
     ratio = summary.clip_ratio
     steps = f"{summary.taken:,}"
     if summary.steps != summary.taken:
         steps += f", of which {summary.steps:,} are in the store, and counted here"
     for label, value in (
-        ("status", _status_in_full(found)),
+        ("status", _status_in_full(found, status)),
         ("started", _when(found.started_at)),
         ("host", f"{found.host}, process {found.pid}"),
         ("optimizer", found.settings.get("optimizer", "")),
@@ -130,6 +138,7 @@ def _show(found: Run, summary: Summary, findings: list[Finding], events: list[Ev
         ("tags", ", ".join(f"{key}={value}" for key, value in found.tags.items()) or "–"),
         ("metrics", (found.ended_at is None and found.metrics_url) or "–"),
         ("steps", steps),
+        ("last step", "–" if summary.last_time is None else _age(summary.last_time, found)),
         ("clipped", f"{summary.clipped:,}" + (f" ({100 * ratio:.1f} %)" if ratio else "")),
         ("NaN or inf", f"{summary.nonfinite:,}"),
         ("skipped", f"{summary.skipped:,} ({summary.amp_overflows:,} AMP overflows)"),
@@ -193,14 +202,13 @@ def report(
         out.print(f"Report: {escape(str(path))} ({size / 1000:,.0f} kB)")
 
 
-def _run_dict(run: Run) -> dict[str, Any]:
-    from gradwatch_monitor.store import status_of  # noqa: PLC0415
+def _run_dict(store: Store, run: Run) -> dict[str, Any]:
+    from gradwatch_monitor.stalls import status  # noqa: PLC0415 - numpy
 
-    return {**dataclasses.asdict(run), "status": status_of(run), "live": run.is_live()}
+    return {**dataclasses.asdict(run), "status": status(store, run), "live": run.is_live()}
 
 
-def _status_in_full(run: Run) -> str:
-    status = str(_run_dict(run)["status"])
+def _status_in_full(run: Run, status: str) -> str:
     if status != "silent":
         return status if run.ended_at is None else f"{status}, {_when(run.ended_at)}"
     return (
@@ -209,9 +217,21 @@ def _status_in_full(run: Run) -> str:
     )
 
 
-def _steps(store: Store, run: Run) -> int:
-    last = store.last_step(run.id)
-    return 0 if last is None else last + 1
+def _with_last_step(store: Store, run: Run) -> dict[str, Any]:
+    last = store.last_taken(run.id)
+    return {
+        **_run_dict(store, run),
+        "steps": 0 if last is None else last.step + 1,
+        "last_time": None if last is None else last.time,
+    }
+
+
+def _age(taken: float, run: Run) -> str:
+    """When a step was taken; of a run that has not ended, also how long ago that is."""
+    ago = time.time() - taken
+    if run.ended_at is not None or ago < 0:
+        return _when(taken)
+    return f"{_when(taken)}, {ago:,.0f} seconds ago"
 
 
 def _when(seconds: float) -> str:

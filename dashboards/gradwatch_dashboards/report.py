@@ -24,7 +24,7 @@ from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW
 from gradwatch_monitor import diagnose, recommend, views
 from gradwatch_monitor.applying import applied, in_force, wanted
 from gradwatch_monitor.diagnose import ended
-from gradwatch_monitor.store import status_of
+from gradwatch_monitor.stalls import status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -103,7 +103,7 @@ def page(store: Store, run: Run, progress: Callable[[int, int], None] = lambda *
     events = store.events(run.id, limit=EVENTS + 1)
     return environment.from_string(_TEMPLATE.read_text("utf-8")).render(
         run=run,
-        status=status_of(run),
+        status=status(store, run),
         identity=_identity(store, run, summary),
         summary=summary,
         charts=drawn,
@@ -184,6 +184,7 @@ def _identity(store: Store, run: Run, summary: Summary) -> dict[str, str]:
         "started": _when(run.started_at),
         "ended": _when(run.ended_at) if run.ended_at else None,
         "lasted": lasted if ended else None,
+        "last step": _when(summary.last_time) if summary.last_time is not None else None,
         "optimizer": settings.get("optimizer"),
         "clip": settings.get("clip"),
         "on NaN or inf": settings.get("on_nonfinite"),

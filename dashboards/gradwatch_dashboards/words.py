@@ -1,6 +1,11 @@
 """What the run page and the report have in common: their words and figures."""
 
-__all__ = ["BAND", "VERDICTS", "WINDOW"]
+from __future__ import annotations
+
+import datetime as dt
+import time
+
+__all__ = ["BAND", "VERDICTS", "WINDOW", "last_step"]
 
 BAND = (0.10, 0.30)  # of the clip ratio
 WINDOW = 100  # steps
@@ -12,3 +17,25 @@ VERDICTS = {
     "fix_training": "fix the training first",
     "not_enough_data": "not enough data yet",
 }
+
+_MINUTES_FROM, _HOURS_FROM = 120.0, 7200.0  # seconds
+
+
+def last_step(taken: float | None, *, going_on: bool, now: float | None = None) -> str:
+    """When the last step was taken: of a run that goes on how long ago, else the moment in UTC.
+
+    >>> last_step(1_000.0, going_on=True, now=1_095.0)
+    '95 s ago'
+    >>> last_step(1_000.0, going_on=True, now=2_000.0)
+    '17 min ago'
+    >>> last_step(1_000.0, going_on=False)
+    '1970-01-01 00:16'
+    """
+    if taken is None:
+        return "–"
+    ago = (time.time() if now is None else now) - taken
+    if not going_on or ago < 0:  # the clock of another machine may be ahead
+        return f"{dt.datetime.fromtimestamp(taken, dt.UTC):%Y-%m-%d %H:%M}"
+    if ago < _MINUTES_FROM:
+        return f"{ago:.0f} s ago"
+    return f"{ago / 60:.0f} min ago" if ago < _HOURS_FROM else f"{ago / 3600:.0f} h ago"

@@ -12,6 +12,7 @@ from gradwatch.habits import ClippedTwice
 from gradwatch_monitor.diagnosis import RULES, Sign, Window
 from gradwatch_monitor.diagnosis.window import LayerSamples
 from gradwatch_monitor.rows import Finding
+from gradwatch_monitor.stalls import as_finding, stall_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -55,7 +56,7 @@ _COLUMNS = (
 
 
 def diagnose(store: Store, run_id: int) -> list[Finding]:
-    """What is wrong with a run as of its last 2,000 steps, the gravest first.
+    """What is wrong with a run as of its last 2,000 steps, or because it takes none; the gravest first.
 
     A finding that is open already (in the store, where the monitor keeps them) stays until its
     cause has clearly gone; nothing is written here.
@@ -69,6 +70,9 @@ def diagnose(store: Store, run_id: int) -> list[Finding]:
     """
     before = {f.finding: f for f in concluded(store, run_id) if f.ended_at is None}
     found = [finding for name, finding in before.items() if name in OF_THE_AGENT]
+    run = store.run(run_id)
+    if (stall := stall_of(store, run)) is not None:
+        found.append(as_finding(stall, run, before.get("stalled")))
     window = window_of(store, run_id)
     if window is not None:
         if _free_of_walls(window):  # a loop that was mended, and goes on as the same run

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from gradwatch.policies import Policy
     from gradwatch_monitor.recommend import Recommendation
-    from gradwatch_monitor.timeline import Blocks
+    from gradwatch_monitor.timeline import Blocks, Taken
 
 __all__ = [
     "STEP_COLUMNS",
@@ -129,6 +129,16 @@ class Store(Database):
         """The greatest step of the visible timeline; None before the first."""
         with self._reading() as connection:
             return timeline.last_step(connection, run_id)
+
+    def last_taken(self, run_id: int) -> Taken | None:
+        """The same step, and when it was taken; None before the first, or where all are pruned."""
+        with self._reading() as connection:
+            return timeline.last_taken(connection, run_id)
+
+    def attempt_starts(self, run_id: int) -> list[int]:
+        """The first step of each attempt that shows, in the order of the steps."""
+        with self._reading() as connection:
+            return [part.start for part in timeline.visible(connection, run_id)]
 
     def first_loss(self, run_id: int) -> float | None:
         """The first loss of the visible timeline, if it is among its first ten steps."""

@@ -26,8 +26,10 @@ __all__ = [
     "STEP_COLUMNS",
     "Blocks",
     "Part",
+    "Taken",
     "columns",
     "last_step",
+    "last_taken",
     "read",
     "summary",
     "visible",
@@ -94,6 +96,13 @@ class Part(NamedTuple):
     attempt: int
     start: int
     stop: int
+
+
+class Taken(NamedTuple):
+    """A step, and when it was taken, in Unix seconds."""
+
+    step: int
+    time: float
 
 
 def columns(
@@ -180,6 +189,21 @@ def last_step(connection: sa.Connection, run_id: int) -> int | None:
     """The greatest step of the visible timeline; None before the first."""
     found = _last(connection, run_id, visible(connection, run_id), "step")
     return None if found is None else int(found)
+
+
+def last_taken(connection: sa.Connection, run_id: int) -> Taken | None:
+    """The last step of the visible timeline, and when it was taken; None before the first."""
+    r = step_records.c
+    for part in reversed(visible(connection, run_id)):
+        found = connection.execute(
+            sa.select(r.step, r.time)
+            .where(r.run_id == run_id, r.attempt == part.attempt, r.step < part.stop)
+            .order_by(r.step.desc())
+            .limit(1)
+        ).first()
+        if found is not None:
+            return Taken(int(found.step), float(found.time))
+    return None
 
 
 # -- parts of the timeline -------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from gradwatch_monitor.applying import outcomes
 from gradwatch_monitor.diagnose import concluded
 from gradwatch_monitor.evidence import BURN_IN
 from gradwatch_monitor.history import COLUMNS, History, facts, first_of
-from gradwatch_monitor.store import status_of
+from gradwatch_monitor.stalls import status
 from gradwatch_monitor.timeline import RECENT, Blocks
 
 if TYPE_CHECKING:
@@ -367,13 +367,14 @@ def runs_table(store: Store, limit: int = 200) -> pd.DataFrame:
     """The latest runs, one a row, with how far each has come."""
     rows = []
     for run in store.runs(limit=limit):
-        last = store.last_step(run.id)
+        last = store.last_taken(run.id)
         rows.append(
             {
                 "id": run.id,
                 "name": run.name,
-                "status": status_of(run),
-                "steps": 0 if last is None else last + 1,
+                "status": status(store, run),
+                "steps": 0 if last is None else last.step + 1,
+                "last step": None if last is None else pd.Timestamp(last.time, unit="s", tz="UTC"),
                 "optimizer": run.settings.get("optimizer", ""),
                 "clip": run.settings.get("clip", ""),
                 "started": pd.Timestamp(run.started_at, unit="s", tz="UTC"),
@@ -382,5 +383,8 @@ def runs_table(store: Store, limit: int = 200) -> pd.DataFrame:
                 "tags": ", ".join(f"{key}={value}" for key, value in run.tags.items()),
             }
         )
-    names = ["id", "name", "status", "steps", "optimizer", "clip", "started", "host", "job", "tags"]
-    return pd.DataFrame(rows, columns=names)
+    names = ["id", "name", "status", "steps", "last step", "optimizer", "clip", "started", "host",
+             "job", "tags"]  # fmt: skip
+    frame = pd.DataFrame(rows, columns=names)
+    frame["last step"] = pd.to_datetime(frame["last step"], utc=True)
+    return frame

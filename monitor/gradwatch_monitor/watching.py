@@ -15,6 +15,7 @@ from gradwatch import metrics
 from gradwatch.errors import RunNotFoundError
 from gradwatch_monitor.diagnose import OF_THE_AGENT, diagnose
 from gradwatch_monitor.recommend import recommend
+from gradwatch_monitor.stalls import stall_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -34,7 +35,9 @@ class _Watched:
 
     run: Run
     last_step: int | None = None
+    stalled: bool = False
     active: dict[str, bool] = dataclasses.field(default_factory=dict)  # finding → whether it holds
+    critical: set[str] = dataclasses.field(default_factory=set)  # findings that are, now
     recommendation: Recommendation | None = None
     recommended_at: float = -math.inf
 
@@ -71,18 +74,20 @@ class Watch(Collector):
 
     def _look_at(self, store: Store, watched: _Watched) -> None:
         run_id, last_step = watched.run.id, store.last_step(watched.run.id)
-        if last_step is None or last_step == watched.last_step:
+        stalled = stall_of(store, store.run(run_id)) is not None
+        if last_step is None or (last_step, stalled) == (watched.last_step, watched.stalled):
             return
         new = watched.last_step is None
         found = diagnose(store, run_id)
         if new or found or any(watched.active.values()):
             store.note_findings(run_id, found, keep=OF_THE_AGENT)
         watched.active = dict.fromkeys(watched.active, False) | {f.finding: True for f in found}
+        watched.critical = {f.finding for f in found if f.severity == "critical"}
         if self._clock() - watched.recommended_at >= SELDOM:
             watched.recommended_at = self._clock()
             watched.recommendation = recommend(store, run_id)
             store.note_recommendation(run_id, last_step, watched.recommendation)
-        watched.last_step = last_step
+        watched.last_step, watched.stalled = last_step, stalled
 
     def exposition(self) -> bytes:
         """The gauges of `gradwatch.metrics.MONITOR`, in Prometheus' text format."""
@@ -109,4 +114,7 @@ class Watch(Collector):
                 )
             for finding, active in sorted(watched.active.items()):
                 families["gradwatch_finding_active"].add_metric([name, finding], float(active))
+                families["gradwatch_finding_critical"].add_metric(
+                    [name, finding], float(finding in watched.critical)
+                )
         yield from families.values()

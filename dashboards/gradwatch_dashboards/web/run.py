@@ -11,7 +11,7 @@ from gradwatch.errors import RunNotFoundError
 from gradwatch_dashboards.terminal import number
 from gradwatch_dashboards.web import charts, control
 from gradwatch_dashboards.web.source import badge, open_store, plain
-from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW
+from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW, last_step
 from gradwatch_monitor import Run, diagnose, views
 from gradwatch_monitor.applying import applied, in_force
 from gradwatch_monitor.diagnose import ended
@@ -60,13 +60,14 @@ def heading(run: Run, summary: Summary) -> None:
     """Who the run is, and its numbers."""
     with st.container(horizontal=True, vertical_alignment="center"):
         st.header(plain(run.name), anchor=False, width="content")
-        badge(run)
+        badge(store, run)
     facts = [run.settings.get("optimizer"), run.settings.get("clip"), f"on {run.host}"]
     facts += [f"{key}={value}" for key, value in run.tags.items()]
     st.caption(plain(" · ".join(str(fact) for fact in facts if fact)))
     ratio = summary.clip_ratio
     values = {
         "Steps": f"{summary.taken:,}",
+        "Last step": last_step(summary.last_time, going_on=run.ended_at is None),
         "Clipped": "–" if ratio is None else f"{100 * ratio:.1f} %",
         "NaN or inf": f"{summary.nonfinite:,}",
         "Skipped": f"{summary.skipped:,}",
@@ -75,10 +76,11 @@ def heading(run: Run, summary: Summary) -> None:
         "Last loss": number(summary.last_loss),
         "Threshold": number(summary.last_threshold),
     }
+    explained = dict.fromkeys(("Last norm", "Last loss"), "The last finite one.")
+    explained["Last step"] = "Of a run that goes on: how long ago; else when, in UTC."
     with st.container(horizontal=True, gap="medium"):  # its tiles go on below where it is narrow
         for label, value in values.items():
-            told = "The last finite one." if label.startswith("Last") else None
-            st.metric(label, value, help=told, width="content")
+            st.metric(label, value, help=explained.get(label), width="content")
 
 
 def advice(run: Run, recommendation: Recommendation, outcomes: Sequence[Outcome]) -> None:

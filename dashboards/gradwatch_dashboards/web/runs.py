@@ -23,6 +23,9 @@ def table() -> None:
         key="runs",
         column_config={
             "steps": st.column_config.NumberColumn(format="localized"),
+            "last step": st.column_config.DatetimeColumn(
+                "last step (UTC)", format="YYYY-MM-DD HH:mm:ss"
+            ),
             "started": st.column_config.DatetimeColumn(
                 "started (UTC)", format="YYYY-MM-DD HH:mm:ss"
             ),

@@ -9,7 +9,8 @@ import streamlit as st
 
 from gradwatch.config import Settings, redact
 from gradwatch.errors import GradwatchError, StoreNotFoundError
-from gradwatch_monitor.store import Run, Store, status_of
+from gradwatch_monitor.stalls import status
+from gradwatch_monitor.store import Run, Store
 
 __all__ = ["badge", "open_store", "plain"]
 
@@ -27,6 +28,7 @@ _COLOURS = {
     "failed": "red",
     "crashed": "red",
     "silent": "orange",
+    "stalled": "orange",
 }
 
 
@@ -67,13 +69,14 @@ def _look_again() -> None:
         st.rerun()
 
 
-def badge(run: Run) -> None:
+def badge(store: Store, run: Run) -> None:
     """The run's status, coloured."""
-    status = status_of(run)
+    told = status(store, run)
     explained = {
         "silent": "It says that it runs, but has given no sign of life for a minute.",
+        "stalled": "Its process lives, but has taken no step for far longer than usual.",
     }
-    st.badge(status, color=_COLOURS.get(status, "gray"), help=explained.get(status))  # type: ignore[arg-type]
+    st.badge(told, color=_COLOURS.get(told, "gray"), help=explained.get(told))  # type: ignore[arg-type]
 
 
 def plain(text: str) -> str:
