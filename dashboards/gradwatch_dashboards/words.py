@@ -29,13 +29,13 @@ def last_step(taken: float | None, *, going_on: bool, now: float | None = None) 
     >>> last_step(1_000.0, going_on=True, now=2_000.0)
     '17 min ago'
     >>> last_step(1_000.0, going_on=False)
-    '1970-01-01 00:16'
+    '1970-01-01 00:16 UTC'
     """
     if taken is None:
         return "–"
     ago = (time.time() if now is None else now) - taken
     if not going_on or ago < 0:  # the clock of another machine may be ahead
-        return f"{dt.datetime.fromtimestamp(taken, dt.UTC):%Y-%m-%d %H:%M}"
+        return f"{dt.datetime.fromtimestamp(taken, dt.UTC):%Y-%m-%d %H:%M} UTC"
     if ago < _MINUTES_FROM:
         return f"{ago:.0f} s ago"
     return f"{ago / 60:.0f} min ago" if ago < _HOURS_FROM else f"{ago / 3600:.0f} h ago"

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from live import live
 from pages import LONG, open_run, overlapping_texts, served
 from playwright.sync_api import expect
 from stores import lognormal, write_run
@@ -239,3 +240,23 @@ def test_a_run_that_is_not_there_is_said_on_the_page(page, serve):
     page.goto(f"{serve()}/run?run=nix")
     expect(page.get_by_text("no run 'nix'")).to_be_visible(timeout=LONG)
     expect(page.get_by_role("heading", name="first", exact=True)).to_be_visible()
+
+
+def test_a_loop_that_hangs_is_shown_as_stalled(page, serve):
+    """With when its last step was; as soon as the loop goes on it is running again."""
+    with live(run="hangs") as job:
+        job.until(100)
+        job.pause()
+        assert job.agent.flush()
+        with sqlite3.connect("gradwatch.db", timeout=20) as connection:
+            connection.execute("UPDATE step_records SET time = time - 300")
+        connection.close()
+        address = serve()
+        open_run(page, address, "hangs")
+        expect(page.get_by_text("stalled", exact=True).first).to_be_visible(timeout=LONG)
+        expect(page.get_by_text("no step has been taken for")).to_be_visible()
+        expect(page.get_by_text(re.compile(r"last step \d+ min ago"))).to_be_visible()
+        job.go_on()
+        expect(page.get_by_text(re.compile(r"last step \d+ s ago"))).to_be_visible(timeout=LONG)
+        expect(page.get_by_text("stalled", exact=True)).to_have_count(0, timeout=LONG)
+    assert page.problems == []

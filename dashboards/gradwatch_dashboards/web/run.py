@@ -62,12 +62,14 @@ def heading(run: Run, summary: Summary) -> None:
         st.header(plain(run.name), anchor=False, width="content")
         badge(store, run)
     facts = [run.settings.get("optimizer"), run.settings.get("clip"), f"on {run.host}"]
+    if summary.last_time is not None:
+        taken = last_step(summary.last_time, going_on=run.ended_at is None)
+        facts.append(f"last step {taken}")
     facts += [f"{key}={value}" for key, value in run.tags.items()]
     st.caption(plain(" · ".join(str(fact) for fact in facts if fact)))
     ratio = summary.clip_ratio
     values = {
         "Steps": f"{summary.taken:,}",
-        "Last step": last_step(summary.last_time, going_on=run.ended_at is None),
         "Clipped": "–" if ratio is None else f"{100 * ratio:.1f} %",
         "NaN or inf": f"{summary.nonfinite:,}",
         "Skipped": f"{summary.skipped:,}",
@@ -76,11 +78,10 @@ def heading(run: Run, summary: Summary) -> None:
         "Last loss": number(summary.last_loss),
         "Threshold": number(summary.last_threshold),
     }
-    explained = dict.fromkeys(("Last norm", "Last loss"), "The last finite one.")
-    explained["Last step"] = "Of a run that goes on: how long ago; else when, in UTC."
     with st.container(horizontal=True, gap="medium"):  # its tiles go on below where it is narrow
         for label, value in values.items():
-            st.metric(label, value, help=explained.get(label), width="content")
+            told = "The last finite one." if label.startswith("Last") else None
+            st.metric(label, value, help=told, width="content")
 
 
 def advice(run: Run, recommendation: Recommendation, outcomes: Sequence[Outcome]) -> None:
