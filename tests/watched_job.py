@@ -158,11 +158,11 @@ class Watched:
         )  # fmt: skip
         return count
 
-    def column(self, run, column, first=0, stop=2**62):
-        """Its finite values, in order."""
+    def column(self, run, column, first=0, stop=2**62, where="1"):
+        """Its finite values of those steps, in order."""
         rows = self.sql(
             f"SELECT {column} FROM steps JOIN runs ON runs.id = run_id WHERE name = ? "
-            f"AND step >= ? AND step < ? AND {column} IS NOT NULL ORDER BY step",
+            f"AND step >= ? AND step < ? AND {column} IS NOT NULL AND {where} ORDER BY step",
             run, first, stop,
         )  # fmt: skip
         return [value for (value,) in rows]

@@ -18,8 +18,10 @@ DASHBOARDS = Path(gradwatch_dashboards.__file__).parent / "grafana" / "dashboard
 RUNS = ("noisy", "scaled")
 KINDS = {
     "steps": "1",
+    "finite_gradient_steps": "pre_norm IS NOT NULL",
     "clipped_steps": "clipped",
     "nonfinite_steps": "nonfinite",
+    "nonfinite_loss_steps": "nonfinite_loss",
     "skipped_steps": "skipped",
     "amp_overflow_steps": "skipped AND NOT nonfinite AND pre_norm IS NULL",
 }
@@ -94,11 +96,46 @@ class Truth:
         """Of the steps between the first scrape and the last."""
         scrapes = self.w.scrapes(run, seconds)
         first, stop = scrapes[0][1], scrapes[-1][1]
-        return self.w.count(run, "clipped", first, stop) / self.w.count(run, "1", first, stop)
+        finite = self.w.count(run, KINDS["finite_gradient_steps"], first, stop)
+        return self.w.count(run, "clipped", first, stop) / finite
 
     def norms(self, run, column="pre_norm"):
         first, stop, _ = self.span(run)
         return np.array(self.w.column(run, column, first, stop))
+
+    def greatest(self, run, column="pre_norm"):
+        """Of the last 60 to 75 seconds, by the worker's clock, which is a little behind."""
+        last_minute, longer = (
+            [
+                value
+                for value, when in zip(
+                    self.w.column(run, column, stop=self.seen[run]),
+                    self.w.column(run, "time", stop=self.seen[run], where=f"{column} IS NOT NULL"),
+                    strict=True,
+                )
+                if when > self.w.at - seconds
+            ]
+            for seconds in (metrics.PEAK_SECONDS - 2, 1.25 * metrics.PEAK_SECONDS + 2)
+        )
+        return Between(max(last_minute), max(longer))
+
+    def spikes(self, kind, run, first=0, stop=None):
+        """Events of steps that had been scraped by then."""
+        ((count,),) = self.w.sql(
+            "SELECT count(*) FROM events JOIN runs ON runs.id = run_id "
+            "WHERE name = ? AND kind = ? AND step >= ? AND step < ?",
+            run, kind, first, self.seen[run] if stop is None else stop,
+        )  # fmt: skip
+        return count
+
+    def spikes_increase(self, kind, run):
+        """As `increase()` has it."""
+        first, stop, seconds = self.span(run)
+        return self.spikes(kind, run, first, stop) * WINDOW / seconds
+
+    def stalled_after(self, run):
+        times = np.diff(self.w.column(run, "time", stop=self.seen[run]))
+        return max(30.0, 10 * np.median(times), 1.5 * times.max())
 
     def age(self, run):
         return self.w.at - self.last("time")[run]
@@ -141,12 +178,11 @@ ONE_SCRAPE = 0.13  # of the ten that a window has
 _bounds = [0.0, *metrics.NORM_BUCKETS, np.inf]
 
 
-class Within:
-    """A quantile that a histogram can know: in the bucket of the true one, or at its edges."""
+class Between:
+    """A greatest value of a time that is not known exactly."""
 
-    def __init__(self, norms, q):
-        at = np.searchsorted(_bounds, np.quantile(norms, q, method="inverted_cdf"))
-        self.low, self.high = _bounds[max(0, at - 2)], _bounds[min(at + 1, len(_bounds) - 1)]
+    def __init__(self, low, high):
+        self.low, self.high = low * (1 - 1e-9), high * (1 + 1e-9)
 
     def __eq__(self, value):
         return self.low <= value <= self.high
@@ -155,6 +191,14 @@ class Within:
 
     def __repr__(self):
         return f"{self.low} to {self.high}"
+
+
+class Within(Between):
+    """A quantile that a histogram can know: in the bucket of the true one, or at its edges."""
+
+    def __init__(self, norms, q):
+        at = np.searchsorted(_bounds, np.quantile(norms, q, method="inverted_cdf"))
+        super().__init__(_bounds[max(0, at - 2)], _bounds[min(at + 1, len(_bounds) - 1)])
 
 
 def heat(norms, seconds):
@@ -196,42 +240,54 @@ def expected(truth):
         ("overview", 7, "A"): (run, by_run(steps)),
         ("overview", 7, "B"): (run, by_run({r: t.ratio(r) for r in RUNS}, rel=0.05)),
         ("overview", 7, "C"): (run, by_run(last("pre_norm"))),
-        ("overview", 7, "D"): (run, by_run(last("threshold"))),
-        ("overview", 7, "E"): (run, by_run(last("loss"))),
-        ("overview", 7, "F"): (run, by_run({r: t.age(r) for r in RUNS})),
-        ("overview", 7, "G"): (run, by_run(dict.fromkeys(RUNS, 1))),
-        ("overview", 7, "H"): (("run", "optimizer", "policy"),
+        ("overview", 7, "D"): (run, {(r,): t.greatest(r) for r in RUNS}),
+        ("overview", 7, "E"): (run, by_run(last("threshold"))),
+        ("overview", 7, "F"): (run, by_run(last("loss"))),
+        ("overview", 7, "G"): (run, by_run({r: t.age(r) for r in RUNS})),
+        ("overview", 7, "H"): (run, by_run(dict.fromkeys(RUNS, 1))),
+        ("overview", 7, "I"): (("run", "optimizer", "policy"),
                                {(r, i["optimizer"], i["policy"]): 1 for r, i in info.items()}),
         ("overview", 8, "A"): (run, by_run({r: t.ratio(r) for r in RUNS}, rel=0.05)),
-        ("overview", 9, "A"): (run, by_run(last("pre_norm"))),
+        ("overview", 9, "A"): (run, {(r,): t.greatest(r) for r in RUNS}),
         ("overview", 10, "A"): (run, by_run(last("loss"))),
         ("overview", 11, "A"): (run, by_run(every)),
         ("overview", 12, "A"): (("alertname", "run"), firing),
+        ("overview", 13, "A"): (alone, one(sum(total("nonfinite_loss_steps").values()))),
+        ("overview", 14, "A"): (alone, one(sum(t.spikes(kind, r) for r in RUNS for kind in ("grad_norm_spike", "loss_spike")))),
+        ("overview", 15, "A"): (alone, one(0)),
         ("run", 1, "A"): (alone, one(steps["noisy"])),
-        ("run", 2, "A"): (alone, one(increase("noisy", "clipped_steps") / increase("noisy"))),
+        ("run", 2, "A"): (alone, one(increase("noisy", "clipped_steps") / increase("noisy", "finite_gradient_steps"))),
         ("run", 3, "A"): (alone, one(last("threshold")["noisy"])),
         ("run", 4, "A"): (alone, one(t.recommended("threshold"))),
         ("run", 5, "A"): (alone, one(last("loss")["noisy"])),
         ("run", 6, "A"): (alone, one(t.age("noisy"))),
         ("run", 7, "A"): (alone, one(last("pre_norm")["noisy"])),
-        ("run", 7, "B"): (alone, one(last("post_norm")["noisy"])),
-        ("run", 7, "C"): (alone, one(last("threshold")["noisy"])),
-        ("run", 7, "D"): (alone, one(t.recommended("threshold"))),
-        ("run", 7, "E"): (alone, {(): Within(t.norms("noisy"), 0.5)}),
-        ("run", 7, "F"): (alone, {(): Within(t.norms("noisy"), 0.99)}),
+        ("run", 7, "B"): (alone, {(): t.greatest("noisy")}),
+        ("run", 7, "C"): (alone, one(last("post_norm")["noisy"])),
+        ("run", 7, "D"): (alone, one(last("threshold")["noisy"])),
+        ("run", 7, "E"): (alone, one(t.recommended("threshold"))),
+        ("run", 7, "F"): (alone, {(): Within(t.norms("noisy"), 0.5)}),
+        ("run", 7, "G"): (alone, {(): Within(t.norms("noisy"), 0.99)}),
         ("run", 8, "A"): (alone, one(t.ratio("noisy"), rel=0.05)),
         ("run", 8, "B"): (alone, one(t.recommended("predicted_clip_ratio"))),
         ("run", 9, "A"): (alone, one(last("loss")["noisy"])),
+        ("run", 9, "B"): (alone, {(): t.greatest("noisy", "loss")}),
         ("run", 10, "A"): (alone, one(last("lr")["noisy"])),
         ("run", 11, "A"): (alone, none),  # no scaler; the other run's is asked for below
         ("run", 12, "A"): (alone, one(every["noisy"])),
         ("run", 13, "A"): (alone, one(increase("noisy", "nonfinite_steps"), rel=ONE_SCRAPE)),
-        ("run", 13, "B"): (alone, one(increase("noisy", "skipped_steps"), rel=ONE_SCRAPE)),
-        ("run", 13, "C"): (alone, one(0)),
+        ("run", 13, "B"): (alone, one(0)),
+        ("run", 13, "C"): (alone, one(increase("noisy", "skipped_steps"), rel=ONE_SCRAPE)),
+        ("run", 13, "D"): (alone, one(0)),
+        ("run", 13, "E"): (alone, one(0)),
+        ("run", 13, "F"): (alone, one(t.spikes_increase("grad_norm_spike", "noisy"), rel=ONE_SCRAPE)),
+        ("run", 13, "G"): (alone, one(t.spikes_increase("loss_spike", "noisy"), rel=ONE_SCRAPE)),
         ("run", 14, "A"): (("le",), heat(t.norms("noisy"), seconds)),
         ("run", 15, "A"): (("le",), heat(t.norms("noisy", "post_norm"), seconds)),
-        ("run", 16, "A"): (("finding",), dict.fromkeys(t.w.sql("SELECT finding FROM findings f JOIN runs ON runs.id = run_id WHERE name = 'noisy' " "AND found_at < ? AND (f.ended_at IS NULL OR f.ended_at > ?)", t.w.at - 1.5, t.w.at), 1)),
+        ("run", 16, "A"): (("finding",), {(finding,): severity == "critical" for finding, severity in t.w.sql("SELECT finding, severity FROM findings f JOIN runs ON runs.id = run_id WHERE name = 'noisy' " "AND found_at < ? AND (f.ended_at IS NULL OR f.ended_at > ?)", t.w.at - 1.5, t.w.at)}),
         ("run", 17, "A"): (tuple(info["noisy"]), {tuple(info["noisy"].values()): 1}),
+        ("run", 18, "A"): (alone, one(t.age("noisy"))),
+        ("run", 19, "A"): (alone, one(t.stalled_after("noisy"))),
         ("agent", 1, "A"): (alone, one(t.w.sql("SELECT count(DISTINCT metrics_url) FROM runs")[0][0])),
         ("agent", 2, "A"): (alone, none),
         ("agent", 3, "A"): (alone, "backlog"),
@@ -244,6 +300,7 @@ def expected(truth):
         ("agent", 10, "A"): (("gradwatch", "torch"),
                              {(info["noisy"]["gradwatch"], info["noisy"]["torch"]): len(RUNS)}),
         ("agent", 11, "A"): (("run",), none),
+        ("agent", 12, "A"): (alone, one(0)),
     }  # fmt: skip
 
 
