@@ -125,7 +125,7 @@ def _histogram(name: str, labels: Mapping[str, str]) -> str:
 
 
 def _braces(labels: Mapping[str, str]) -> str:
-    inner = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+    inner = ",".join(f'{name}="{_escaped(value)}"' for name, value in sorted(labels.items()))
     return f"{{{inner}}}" if inner else ""
 
 
