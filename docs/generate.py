@@ -47,7 +47,7 @@ def metrics() -> str:
         "## From the monitor\n",
         (
             "`gradwatch monitor` exports them at `/metrics`, for each live run. They are about the run "
-            "as a whole, and carry the label `run` alone.\n"
+            "as a whole, and carry the labels `run` and `uid`.\n"
         ),
         *_table(MONITOR),
     ]

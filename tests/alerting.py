@@ -93,7 +93,7 @@ class Stack:
         adapted("recording_rules.yml", folder, {})
         # Prometheus looks at its targets again every 5 s: a job that ends well may seem to be down
         # for as long.
-        adapted("alert_rules.yml", folder, {"for: 1m": "for: 8s", "for: 2m": "for: 8s"})
+        adapted("alert_rules.yml", folder, {"for: 2m": "for: 8s"})
         adapted("prometheus.yml", folder, {"interval: 15s": "interval: 1s", ":9093": f":{port}"})
         adapted("alertmanager.yml", folder, {
             ":9097/": f":{receiver_port}/", "group_wait: 10s": "group_wait: 0s",

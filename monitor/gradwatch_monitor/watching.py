@@ -97,24 +97,24 @@ class Watch(Collector):
         """One family a name, one sample a live run."""
         families = {
             metric.name: GaugeMetricFamily(
-                metric.name, metric.meaning, labels=("run", *metric.labels)
+                metric.name, metric.meaning, labels=("run", "uid", *metric.labels)
             )
             for metric in metrics.MONITOR
         }
         for watched in list(self._watched.values()):
-            name = watched.run.name
+            who = [watched.run.name, watched.run.uid]  # several may have the name
             made = watched.recommendation
             if made is not None and made.verdict not in {"change", "use_policy"}:
                 made = None  # the constant that it names is not recommended
             if made is not None and made.threshold is not None and math.isfinite(made.threshold):
-                families["gradwatch_recommended_threshold"].add_metric([name], made.threshold)
+                families["gradwatch_recommended_threshold"].add_metric(who, made.threshold)
             if made is not None and made.predicted_clip_ratio is not None:
                 families["gradwatch_predicted_clip_ratio"].add_metric(
-                    [name], made.predicted_clip_ratio
+                    who, made.predicted_clip_ratio
                 )
             for finding, active in sorted(watched.active.items()):
-                families["gradwatch_finding_active"].add_metric([name, finding], float(active))
+                families["gradwatch_finding_active"].add_metric([*who, finding], float(active))
                 families["gradwatch_finding_critical"].add_metric(
-                    [name, finding], float(finding in watched.critical)
+                    [*who, finding], float(finding in watched.critical)
                 )
         yield from families.values()

@@ -1,5 +1,6 @@
 """Metrics, alerts and settings: what is in the code is in the rules' terms and in the docs."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def test_every_recorded_series_is_documented():
 def test_rules_ask_for_metrics_that_there_are(file):
     """A name that nobody exports would be silent for ever."""
     recorded = re.findall(r"- record: (\S+)", RULES["recording_rules.yml"])
-    asked = set(re.findall(r"\b(?:run:)?gradwatch_\w+(?::\w+)?", RULES[file]))
+    asked = {
+        name.removesuffix("_bucket")
+        for name in re.findall(r"\b(?:run:)?gradwatch_\w+(?::\w+)?", RULES[file])
+    }
     assert asked
     assert asked <= set(metrics.BY_NAME) | set(recorded)
 
@@ -59,8 +63,14 @@ def test_every_alert_has_what_a_person_needs(name):
     for annotation in ("summary", "description"):
         text = re.search(rf"{annotation}: (.*?)(?=\n {{10}}\w|\Z)", rule, flags=re.DOTALL)[1]
         assert "{{ $labels.run }}" in text
-        assert "rank {{ $labels.rank }}" in text
-    assert f"runbook_url: docs/runbook.md#{name.lower()}\n" in rule
+        of_the_run = name == "GradwatchCriticalFinding"  # which has an entry for each finding
+        assert ("{{ $labels.finding }}" if of_the_run else "rank {{ $labels.rank }}") in text
+    entry = (
+        '"docs/runbook.md#{{ $labels.finding }}"'
+        if of_the_run
+        else (f"docs/runbook.md#{name.lower()}")
+    )
+    assert f"runbook_url: {entry}\n" in rule
     section = RUNBOOK.split(f"\n## {name}\n")[1].split("\n## ")[0]
     for part in ("**What it means.** ", "**How to check.** ", "**What to do.** "):
         assert section.count(part) == 1
@@ -69,6 +79,30 @@ def test_every_alert_has_what_a_person_needs(name):
 def test_the_runbook_has_no_alert_that_there_is_not():
     """Nor is one missing."""
     assert re.findall(r"^## (.*)$", RUNBOOK, flags=re.MULTILINE) == NAMES
+
+
+def findings_in_the_code():
+    """First arguments and `finding=` of what makes them."""
+    root = DOCS.parent
+    for path in (
+        *root.glob("agent/gradwatch/*.py"),
+        *root.glob("monitor/gradwatch_monitor/**/*.py"),
+    ):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") in {"Sign", "Finding"}:
+                given = [k.value for k in call.keywords if k.arg == "finding"] or call.args[:1]
+                yield from (v.value for v in given if isinstance(v, ast.Constant))
+            elif isinstance(call, ast.Call) and getattr(call.func, "id", "") == "_clipped":
+                yield call.args[1].value
+
+
+def test_every_finding_has_its_entry_in_the_runbook_and_in_the_list():
+    """An alert on it links there by its name; no entry is of a finding that there is not."""
+    found = set(findings_in_the_code())
+    assert len(found) > 20
+    entries = re.findall(r"^### (.*)$", RUNBOOK, flags=re.MULTILINE)
+    assert sorted(entries) == sorted(found)
+    assert set(documented("findings.md")) == found
 
 
 def test_every_alert_is_tested():

@@ -19,9 +19,11 @@ from gradwatch_monitor.watching import SELDOM, Watch
 def samples(watch):
     """(name, labels) → value."""
     families = text_string_to_metric_families(watch.exposition().decode())
-    return {
-        (s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples
-    }
+    found = [
+        (s.name, *sorted(s.labels.items()), s.value) for family in families for s in family.samples
+    ]
+    assert len({one[:-1] for one in found}) == len(found)  # Prometheus takes no series twice
+    return {one[:-1]: one[-1] for one in found}
 
 
 def stored(query):
@@ -39,20 +41,23 @@ def test_what_is_recommended_and_found_is_exported_for_live_runs_alone():
         assert job.agent.flush()
         watch = Watch()
         watch.look(store)
-        run = store.run("live").id
-        made, found = recommend(store, run), diagnose(store, run)
+        live_run = store.run("live")
+        made, found = recommend(store, live_run.id), diagnose(store, live_run.id)
         seen = samples(watch)
     assert {name for name, *_ in seen} == {metric.name for metric in metrics.MONITOR}
     assert all(math.isfinite(value) for value in seen.values())
-    own = ("run", "live")
-    assert seen["gradwatch_recommended_threshold", own] == made.threshold
-    assert seen["gradwatch_predicted_clip_ratio", own] == made.predicted_clip_ratio
+    own = ("run", "live"), ("uid", live_run.uid)
+    assert seen["gradwatch_recommended_threshold", *own] == made.threshold
+    assert seen["gradwatch_predicted_clip_ratio", *own] == made.predicted_clip_ratio
     active = {f"{f.finding}" for f in found}
     assert "clipping_every_step" in active
     for finding in active:
-        assert seen["gradwatch_finding_active", ("finding", finding), own] == 1
+        assert seen["gradwatch_finding_active", ("finding", finding), *own] == 1
+    for finding in found:
+        key = "gradwatch_finding_critical", ("finding", finding.finding), *own
+        assert seen[key] == (finding.severity == "critical")
     assert not any(("run", "ended") in key for key in seen)
-    assert not any(key[0] != "gradwatch_finding_active" and ("run", "short") in key for key in seen)
+    assert not any(("run", "short") in key and "finding" not in key[0] for key in seen)
 
 
 def test_a_finding_that_ends_is_exported_as_0_until_the_run_does():
@@ -61,7 +66,10 @@ def test_a_finding_that_ends_is_exported_as_0_until_the_run_does():
         job.until(300)
         watch = Watch()
         watch.look(store)
-        key = ("gradwatch_finding_active", ("finding", "clipping_every_step"), ("run", "live"))
+        key = (
+            "gradwatch_finding_active", ("finding", "clipping_every_step"),
+            ("run", "live"), ("uid", store.run("live").uid),
+        )  # fmt: skip
         assert samples(watch)[key] == 1
         store.apply(1, 1e6, by="a test")
         job.until(job.step + 700)
@@ -148,5 +156,23 @@ def test_a_run_that_cannot_be_looked_at_keeps_nobody_from_the_others(monkeypatch
         monkeypatch.setattr(watching, "diagnose", real)
         watch.look(store)
         assert "nonfinite_gradient" in {f.finding for f in store.findings(store.run("odd").id)}
+    for agent in agents:
+        agent.close()
+
+
+def test_two_live_runs_of_one_name_have_a_series_each():
+    """Their uids tell them apart; what holds of one only is not said of the other."""
+    agents = [write_run(run="same", steps=250, close=False, nan_at=at) for at in ((240, 245), ())]
+    watch = Watch()
+    with Store() as store:
+        watch.look(store)
+        uids = {run.uid for run in store.runs()}
+    finding = ("finding", "nonfinite_gradient"), ("run", "same")
+    seen = samples(watch)
+    assert len(uids) == 2
+    critical = {
+        uid: seen.get(("gradwatch_finding_critical", *finding, ("uid", uid))) for uid in uids
+    }
+    assert sorted(critical.values(), key=str) == [1.0, None]
     for agent in agents:
         agent.close()

@@ -62,8 +62,13 @@ _ALERTS = f'ALERTS{{alertname=~"Gradwatch.*", alertstate="firing", {_ALL}}}'  # 
 # Which panel shows what an alert is about: (dashboard, panel). The rules link there too.
 PANELS_OF_ALERTS = {
     "GradwatchNonfiniteGradients": ("gradwatch-run", 13),
+    "GradwatchNonfiniteLoss": ("gradwatch-run", 13),
+    "GradwatchStepsNotApplied": ("gradwatch-run", 13),
+    "GradwatchGradientNormSpike": ("gradwatch-run", 7),
+    "GradwatchLossSpikes": ("gradwatch-run", 9),
     "GradwatchClipRatioHigh": ("gradwatch-run", 8),
     "GradwatchRunStalled": ("gradwatch-run", 12),
+    "GradwatchCriticalFinding": ("gradwatch-run", 16),
     "GradwatchRecordsDropped": ("gradwatch-agent", 6),
     "GradwatchAgentGone": ("gradwatch-agent", 11),
 }
