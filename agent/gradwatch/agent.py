@@ -43,6 +43,7 @@ __all__ = ["Agent", "wrap"]
 
 
 DEFAULT_CLIP: Final = ClipNorm(1.0)
+_ORIGIN_SECONDS = 1.0  # how long to wait for the store to say where a run goes on
 
 _agents: weakref.WeakKeyDictionary[Optimizer, Agent] = weakref.WeakKeyDictionary()
 
@@ -253,8 +254,15 @@ class Agent:
 
     @property
     def last(self) -> StepRecord | None:
-        """The last step's record, None before the first: for a progress bar."""
-        return self._hooks.last
+        """The last step's record, None before the first: for a progress bar.
+
+        Its step is the run's, of a run that goes on as soon as the store has said where; until then
+        steps are counted from the first of this process.
+        """
+        last = self._hooks.last
+        if last is None or not (origin := self._recording.origin(_ORIGIN_SECONDS)):
+            return last
+        return last._replace(step=last.step + origin)
 
     # -- the run -------------------------------------------------------------------------------
 
@@ -293,10 +301,13 @@ class Agent:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs so that a resumed job goes on as the same run: plain values."""
         self._settle()
+        origin = self._recording.origin(_ORIGIN_SECONDS)
         return {
             "version": 1,
             "run_id": self.run_id,
-            "step": self._hooks.step,
+            "step": self._hooks.step + (origin or 0),
+            # Where the store has not said yet at which step of the run this process began.
+            "counts_from": self._recording.counts_from if origin is None else "",
             # As text: distributed checkpoints take a dict apart, and lose what a fresh one lacks.
             "policies": json.dumps([part.dump() for part in self._hooks.parts]),
         }
@@ -309,7 +320,7 @@ class Agent:
         """
         self._settle()
         loaded = arguments.loaded(state, self._hooks.parts)
-        self._recording.resume(state["run_id"])
+        self._recording.resume(state["run_id"], state.get("counts_from", ""))
         if (optimizer := self._optimizer()) is not None:
             self._hooks.new_attempt(optimizer)
         self._hooks.step = state["step"]

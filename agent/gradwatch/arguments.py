@@ -28,6 +28,7 @@ __all__ = [
     "CLOSE_SECONDS",
     "NOT_GIVEN",
     "NotGiven",
+    "counter",
     "describe",
     "loaded",
     "model_and_scaler",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 
+_MOST_COUNTED = 2.0**53  # what a float counts to
 CLOSE_SECONDS = 5.0  # how long `close` waits for the store
 
 
@@ -172,6 +174,7 @@ def loaded(state: Mapping[str, Any], parts: list[Part]) -> list[tuple[Policy[Any
             and isinstance(state["run_id"], str)
             and isinstance(state["step"], int)
             and state["step"] >= 0
+            and isinstance(state.get("counts_from", ""), str)
         )
     except (TypeError, KeyError, ValueError):
         good = False
@@ -213,6 +216,29 @@ def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict
             "python": platform.python_version(),
         },
     }
+
+
+def counter(optimizer: Optimizer) -> int | None:
+    """How many steps the optimizer says that it has applied, in its own state; None: it does not say.
+
+    Up to 1 it says nothing: some have a 0 there from the start, and torch.distributed.checkpoint
+    takes a step of its own to have a state made.
+    """
+    try:
+        counted = [state["step"] for state in optimizer.state.values() if "step" in state]
+        plain = [float(step) for step in counted if not isinstance(step, torch.Tensor)]
+        tensors = [
+            getattr(step, "to_local", lambda step=step: step)().detach().reshape(())
+            for step in counted
+            if isinstance(step, torch.Tensor)
+        ]
+        for device in {tensor.device for tensor in tensors}:  # each is waited for once
+            there = torch.stack([t.to(torch.float64) for t in tensors if t.device == device])
+            plain.append(float(there.max()))
+        greatest = max(plain, default=0.0)
+    except Exception:  # noqa: BLE001 - a state may hold anything under that name
+        return None
+    return int(greatest) if 1.0 < greatest < _MOST_COUNTED else None
 
 
 def _rate(group: Mapping[str, Any]) -> float:

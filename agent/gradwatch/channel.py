@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Channel", "Outlet"]
 
+_PATIENCE_SECONDS = 2.0  # how long the training thread waits for the store, once a ring, if it asks
+
 
 class Outlet:
     """One sink's view of a ring: how far it has come, and when it may be tried again."""
@@ -35,7 +37,8 @@ class Outlet:
         self.failures = 0  # in a row
         self.failing_since = 0.0
         self.passing = False  # the last failure may pass by itself: nothing to tell yet
-        self.problem: str | None = None  # what the last failure was
+        self.problem: str | None = None  # what the last failure was, for who reads it
+        self.error: Exception | None = None  # the last failure; None once it is over
         self.retry_at = 0.0
         self.beat_at = 0.0
         self.ended = False
@@ -73,6 +76,16 @@ class Channel:
         settle: Callable[[], None] = lambda: None,
     ) -> None:
         self.run = run
+        # The store may say that the attempt begins elsewhere than the ring counts from.
+        self._counted_from = run.start_step
+        self.offset = 0  # from the ring's step numbers to the run's, once that is known
+        self._placed = threading.Event()
+        if run.after is None and run.uid_source not in {"setting", "launcher"}:
+            self._placed.set()
+        self._patience = _PATIENCE_SECONDS
+        # Whether steps of the run are to be stored first; what keeps those from the store.
+        self.held_back: Callable[[], bool] = lambda: False
+        self.held_by: Callable[[], Exception | None] = lambda: None
         self.parameters = parameters  # what the optimizer's parameters are called by now
         self.ring = ring
         self._peers = peers
@@ -84,6 +97,7 @@ class Channel:
         self.findings: list[Finding] = []  # not in the store yet
         self.overhead = 0.0  # seconds in the hooks; the training thread adds to it
         self.look_at = 0.0  # when to see again whether the ring's file is there
+        self.look_around_at = 0.0  # when to see again whether another process records the run
         self.urgent = False  # somebody waits: do not let a failing store rest
         self.closing = False
         self.status: RunStatus | None = None
@@ -112,6 +126,23 @@ class Channel:
             raise NotYetError(msg)
         self.ring.note_leader(leader)
         self.run = dataclasses.replace(self.run, leader=leader)
+
+    def place(self, start_step: int) -> None:
+        """The store has said at which step the ring's records begin."""
+        self.offset = start_step - self._counted_from
+        self._placed.set()
+
+    def origin(self, timeout: float) -> int | None:
+        """From the ring's step numbers to the run's; None as long as it is not known.
+
+        Waits for it, `timeout` seconds at most, and `_PATIENCE_SECONDS` in all.
+        """
+        if not self._placed.is_set():
+            timeout = min(timeout, self._patience)
+            self._patience -= timeout
+            if not self._placed.wait(timeout):
+                return None
+        return self.offset
 
     def lose(self, reason: str, count: int = 1) -> None:
         """Count records that will not reach the store."""

@@ -6,6 +6,7 @@ hangs holds up the worker, never the training.)
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from gradwatch.channel import Channel, Outlet
     from gradwatch.clock import Clock
     from gradwatch.control import Controllable
+    from gradwatch.records import Finding
     from gradwatch.troubles import Troubles
 
 __all__ = ["Delivery"]
@@ -40,6 +42,7 @@ _LOST = {
 _BATCH_STEPS = 20_000
 _LISTEN_SECONDS = 0.5  # between two looks for a threshold that somebody has applied
 _RING_SECONDS = 30.0  # between two looks whether the flight-recorder file is still there
+_AROUND_SECONDS = 30.0  # between two looks whether another process records the run too
 _RETRY_SECONDS = 5.0  # the longest pause between two tries of a sink that failed
 
 
@@ -77,6 +80,7 @@ class Delivery:
             self._try(channel, store, self._feed)
             if channel.control is not None:
                 self._try(channel, store, self._listen)
+            self._try(channel, store, self._look_around)
         self._look_for_the_ring(channel)
         if channel.closing:
             self._finish(channel)
@@ -108,6 +112,7 @@ class Delivery:
         else:
             if worked and outlet.failures:
                 outlet.failures, outlet.retry_at, outlet.passing = 0, 0.0, False
+                outlet.error = None
                 if not channel.run.recovered:
                     self._troubles.clear(_fault(outlet), f"the {outlet.name} takes records again")
 
@@ -117,6 +122,7 @@ class Delivery:
         if not outlet.failures:
             outlet.failing_since = now
         outlet.failures += 1
+        outlet.error = error
         outlet.retry_at = now + min(_RETRY_SECONDS, self.retry * 2.0**outlet.failures)
         if isinstance(error, RunForgottenError):
             outlet.start_over()
@@ -150,10 +156,16 @@ class Delivery:
         if outlet.run is not None:
             return False
         if outlet is channel.store:
+            if channel.held_back():
+                if (error := channel.held_by()) is not None:
+                    raise error
+                return False
             channel.find_leader()
         outlet.run = outlet.sink.open(channel.run)
         if outlet is channel.store:
             channel.run = outlet.run
+            channel.place(outlet.run.start_step)
+            channel.look_around_at = self._clock.monotonic() + _AROUND_SECONDS
         return True
 
     def _feed(self, channel: Channel, outlet: Outlet) -> bool:
@@ -208,8 +220,24 @@ class Delivery:
                 control.offer(wanted)
         return worked
 
+    def _look_around(self, channel: Channel, outlet: Outlet) -> bool:
+        """See now and then whether another process records the run too."""
+        now, look = self._clock.monotonic(), getattr(outlet.sink, "look_around", None)
+        if look is None or outlet.run is None or channel.run.recovered:
+            return False
+        if now < channel.look_around_at:
+            return False
+        channel.look_around_at = now + _AROUND_SECONDS
+        look(outlet.run)
+        return True
+
     def _batch(self, channel: Channel, outlet: Outlet, failed: int) -> Batch:
         steps = channel.ring.read_steps(outlet.steps, _BATCH_STEPS)
+        # The ring's step numbers become the run's, as the store has settled them.
+        offset = channel.offset if outlet is channel.store else 0
+        if offset:
+            steps = steps._replace(records=steps.records.copy())
+            steps.records["step"] += offset
         messages = channel.ring.read_events(outlet.events)
         events: list[Event] = []
         layers: list[LayerNorms] = []
@@ -217,6 +245,8 @@ class Delivery:
         # The exporter has no use for them, and reading them twice would cost as much again.
         for payload in messages.payloads if outlet is channel.store else ():
             item = decode(payload, channel.parameters())
+            if item is not None and offset:
+                item = dataclasses.replace(item, step=item.step + offset)
             if isinstance(item, LayerNorms):
                 layers.append(item)
             elif item is not None:
@@ -237,7 +267,7 @@ class Delivery:
             steps.records,
             events,
             layers,
-            tuple(channel.findings) if outlet is channel.store else (),
+            [_moved(f, offset) for f in channel.findings] if outlet is channel.store else (),
             (outlet.steps, outlet.events),
             (steps.cursor, messages.cursor),
             dropped,
@@ -285,6 +315,12 @@ class Delivery:
                 self._troubles.report(_fault(store), store.problem)
             channel.tell_incomplete()
         channel.closed.set()
+
+
+def _moved(finding: Finding, offset: int) -> Finding:
+    """The finding, seen in a ring, with the run's step numbers."""
+    first, last = finding.first_step + offset, finding.last_step + offset
+    return dataclasses.replace(finding, first_step=first, last_step=last) if offset else finding
 
 
 def _fault(outlet: Outlet) -> str:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import socket
 import sys
 import uuid
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 __all__ = [
+    "Ids",
     "Launcher",
     "UidSource",
     "default_name",
     "host",
     "is_alive",
     "launcher",
+    "numbered",
     "process",
     "rank_and_world",
     "run_uid",
@@ -49,18 +53,50 @@ def launcher(environ: Mapping[str, str]) -> Launcher:
     return Launcher(f"{host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}", survives_restart=False)
 
 
-def run_uid(job: Launcher, *, setting: str | None, ordinal: int) -> tuple[str, UidSource]:
+def run_uid(
+    job: Launcher, *, setting: str | None, ordinal: Callable[[str], int]
+) -> tuple[str, UidSource]:
     """The run's uid and where it is from: the setting, the launcher, or fresh.
 
-    `ordinal` counts the runs of this process from 1: later ones add it, so that the second
-    optimizer of a job is told from its first in every start of the job.
+    `ordinal` gives the number of this run among those of the process under an id, from 1: later
+    ones add it, so that the second optimizer of a job is told from its first in every start of the
+    job.
     """
-    suffix = "" if ordinal == 1 else f"-{ordinal}"
     if setting:
-        return setting + suffix, "setting"
+        return numbered(setting, ordinal(setting)), "setting"
     if job.survives_restart:
-        return job.id + suffix, "launcher"
+        return numbered(job.id, ordinal(job.id)), "launcher"
     return uuid.uuid4().hex, "fresh"
+
+
+def numbered(uid: str, ordinal: int) -> str:
+    """The uid of the run with that number of those under one id."""
+    return uid if ordinal == 1 else f"{uid}-{ordinal}"
+
+
+class Ids:
+    """The run ids that are used in this process, and by how many runs."""
+
+    def __init__(self) -> None:
+        self._given: Counter[str] = Counter()  # never reset
+        self._open: set[str] = set()
+
+    def next(self, uid: str) -> int:
+        """The number of a run under an id that names the process: how many there have been."""
+        self._given[uid] += 1
+        return self._given[uid]
+
+    def free(self, uid: str) -> int:
+        """The least number with which no run is open under an id that names this very run."""
+        return next(n for n in itertools.count(1) if numbered(uid, n) not in self._open)
+
+    def opened(self, uid: str) -> None:
+        """A run has that uid from now on."""
+        self._open.add(uid)
+
+    def closed(self, uid: str) -> None:
+        """It has ended; takes no lock."""
+        self._open.discard(uid)
 
 
 def default_name(argv: list[str] | None = None) -> str:

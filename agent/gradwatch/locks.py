@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import struct
+import sys
 
-__all__ = ["held", "lock", "release"]
+__all__ = ["held", "holder", "lock", "release"]
 
 # The rings that this process holds, by device and inode: the lock is the process's, and closing
 # any descriptor of such a file would let go of it.
@@ -29,6 +31,23 @@ def lock(descriptor: int) -> bool:
     found = os.fstat(descriptor)
     held.add((found.st_dev, found.st_ino))
     return locked
+
+
+def holder(descriptor: int) -> int | None:
+    """The process that has a ring, 0 where it is not of this machine; None: nobody has it.
+
+    Asks without taking it, which only Linux is asked for: elsewhere it is None.
+    """
+    if sys.platform != "linux":
+        return None
+    question = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    try:
+        kind, _, _, _, pid = struct.unpack(
+            "hhqqi", fcntl.fcntl(descriptor, fcntl.F_GETLK, question)
+        )
+    except OSError:  # a file system without locks
+        return None
+    return None if kind == fcntl.F_UNLCK else max(0, pid)
 
 
 def release(descriptor: int) -> None:

@@ -11,7 +11,7 @@ from gradwatch.norms import fault
 from gradwatch.shards import Shards
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch.optim import Optimizer
 
@@ -32,6 +32,8 @@ class Notices:
     def __init__(self, names: ParameterNames, layer_norms_every: int | None) -> None:
         self.rank = 0
         self.alone = True  # no other rank has a part in these gradients
+        # From the hooks' step numbers to the run's, waiting so many seconds; None: not known yet.
+        self.origin: Callable[[float], int | None] = lambda _: 0
         self.parameters: list[str] = []  # what the optimizer's parameters are called
         self._groups = 0  # parameter groups that were there then
         self._names = names
@@ -41,6 +43,15 @@ class Notices:
         self._norm_spikes = events.NormSpikes()
         self._loss_spikes = events.LossSpikes()
         self._dead = False  # within a streak of steps whose gradient was 0
+
+    def number(self, step: int, timeout: float = 0.0) -> int:
+        """A step's number in the run, for who reads it; in this process where that is not known."""
+        return step + (self.origin(timeout) or 0)
+
+    def called(self, step: int, timeout: float = 0.0) -> str:
+        """The step by its number, and of what that is the number where it is not the run's."""
+        origin = self.origin(timeout)
+        return f"step {step} of this process" if origin is None else f"step {step + origin}"
 
     def faults(
         self, measured: Sequence[Measurement], optimizer: Optimizer | None

@@ -56,6 +56,7 @@ class Pipeline:
         self.troubles = Troubles()
         self.metrics = PrometheusSink(self.clock.monotonic)
         self.job = identity.launcher(os.environ)
+        self.ids = identity.Ids()
         self._delivery = Delivery(self.clock, self.troubles)
         self._patrol = Patrol(self.clock)
         self._exporter: Exporter | None = None
@@ -128,6 +129,10 @@ class Pipeline:
             self._channels.append(channel)
             if channel.store.sink in self._stores.values():
                 self._patrol.add(settings, channel.store.sink)
+                if channel.run.rank == 0 and channel.origin(0.0) is None:
+                    since = self.clock.monotonic()
+                    channel.held_back = lambda: self._is_preceded(channel, settings.store, since)
+                    channel.held_by = lambda: self._patrol.problem(channel.run)
             if channel.metrics.sink is self.metrics:
                 self.metrics.watch(channel.run.ring, channel)
             if self._thread is None:
@@ -179,11 +184,16 @@ class Pipeline:
             self._wake.wait(self._interval)
             self._wake.clear()
             with self._lock:
-                self._look_for_the_dead()
+                awaited = self._look_for_the_dead()
                 channels = list(self._channels)
             for channel in channels:
                 with self._delivering:
                     self._delivery.serve(channel)
+                    # One batch at a time; all of them where a run of this process waits for it.
+                    while channel is awaited and not (
+                        channel.closed.is_set() or channel.store.failures
+                    ):
+                        self._delivery.serve(channel)
                 self._hangs = False
                 if channel.closed.is_set():
                     with self._lock:
@@ -200,19 +210,39 @@ class Pipeline:
             if ended:
                 return
 
-    def _look_for_the_dead(self) -> None:
-        """Serve what they left too, after the process's own; not once it ends itself."""
+    def _look_for_the_dead(self) -> Channel | None:
+        """Serve what they left too, after the process's own; not once it ends itself.
+
+        What a run of this process waits for comes first, and is returned.
+        """
+        held_back = [c for c in self._channels if c.store.run is None and c.held_back()]
+        waiting = {c.run.uid for c in held_back}
         if self._stopping:
-            self._channels = [c for c in self._channels if not c.run.recovered]
-            return
+            self._channels = [
+                c for c in self._channels if not c.run.recovered or c.run.uid in waiting
+            ]
         try:
-            channel = self._patrol.next()
+            channel = self._patrol.next(waiting) if waiting or not self._stopping else None
         except Exception as error:  # noqa: BLE001 - a bug here must not end the worker
             problem = f"{type(error).__name__}: {error}"
             self.troubles.report("patrol", f"no look for what killed jobs have left ({problem})")
-            return
+            return None
         if channel is not None:
-            self._channels.append(channel)
+            self._channels.insert(0 if channel.run.uid in waiting else len(self._channels), channel)
+        awaited = next(
+            (c for c in self._channels if c.run.recovered and c.run.uid in waiting), None
+        )
+        if awaited is not None and any(c.urgent for c in held_back):
+            awaited.urgent = True
+        return awaited
+
+    def _is_preceded(self, channel: Channel, store: str, since: float) -> bool:
+        """Whether steps of the channel's run are still to be stored that come before its own."""
+        ending = any(
+            c is not channel and c.closing and c.run.uid == channel.run.uid and not c.run.recovered
+            for c in self._channels
+        )
+        return ending or self._patrol.owes(store, channel.run, since)
 
     # -- the end of the process, and a forked child --------------------------------------------
 

@@ -46,8 +46,9 @@ class Recording:
         self.channel: Channel | None = None  # the attempt under way
         self._sink = sink
         self._tags = tags
-        self._uid: str | None = None
-        self._uid_source: UidSource = "fresh"
+        self._uid, self._uid_source = self._choose_uid()
+        self.pipeline.ids.opened(self._uid)
+        self._after: str | None = None  # a ring whose count goes on, where a loaded state says so
         self._on = not settings.disabled
         self._incomplete = False  # steps were taken that nothing will ever store
         self._ordinal = self.pipeline.next_run()
@@ -58,13 +59,21 @@ class Recording:
     @property
     def run_id(self) -> str:
         """The run's uid, under which the store knows it."""
-        if self.channel is not None:
-            return self.channel.run.uid
-        if self._uid is None:
-            self._uid, self._uid_source = identity.run_uid(
-                self.pipeline.job, setting=self.settings.run_id, ordinal=self._ordinal
-            )
-        return self._uid
+        return self._uid if self.channel is None else self.channel.run.uid
+
+    def origin(self, timeout: float) -> int | None:
+        """What is to be added to the hooks' step numbers to have the run's; None: not known yet.
+
+        Waits for the store to say so, `timeout` seconds at most.
+        """
+        return 0 if self.channel is None else self.channel.origin(timeout)
+
+    @property
+    def counts_from(self) -> str:
+        """The ring from whose beginning the hooks count, where its own place is not known; or ""."""
+        if self.channel is None or self.channel.origin(0.0) is not None:
+            return ""
+        return self.channel.run.after or self.channel.run.ring
 
     def begin(self, optimizer: Optimizer, hooks: StepHooks, settle: Callable[[], None]) -> Tape:
         """At the first step of an attempt: its tape; where none can be made, one that keeps nothing.
@@ -80,13 +89,18 @@ class Recording:
             )
             return NullTape()
 
-    def resume(self, uid: str) -> None:
-        """Go on as the run of that uid, in a further attempt; another that is under way ends."""
+    def resume(self, uid: str, after: str = "") -> None:
+        """Go on as the run of that uid, in a further attempt; another that is under way ends.
+
+        `after` is a ring whose count the coming step goes on from, if it is not the run's.
+        """
         if self.channel is not None:
             status: RunStatus | None = None if self.channel.run.uid == uid else "finished"
             self.end(status, arguments.CLOSE_SECONDS)
             self.channel = None
-        self._uid, self._uid_source = uid, "state"
+        self.pipeline.ids.closed(self._uid)
+        self._uid, self._uid_source, self._after = uid, "state", after or None
+        self.pipeline.ids.opened(uid)
 
     def flush(self, timeout: float) -> bool:
         """Whether all that was recorded is stored, after `timeout` seconds at most."""
@@ -96,11 +110,13 @@ class Recording:
 
     def end(self, status: RunStatus | None, timeout: float) -> None:
         """Store what is left, within `timeout` seconds, and end the run."""
+        self.pipeline.ids.closed(self._uid)
         if self.channel is not None:
             self.pipeline.close(self.channel, status, timeout)
 
     def let_end(self) -> None:
         """The same as finished, in the worker's own time; takes no lock."""
+        self.pipeline.ids.closed(self._uid)
         if self.channel is not None:
             self.pipeline.let_end(self.channel)
 
@@ -137,6 +153,8 @@ class Recording:
             metrics_url=self.metrics_url,
             tags=self._tags,
             settings=arguments.describe(optimizer, hooks, self.settings),
+            counter=arguments.counter(optimizer),
+            after=self._after,
         )
         ring = rings.make(
             run,
@@ -165,5 +183,24 @@ class Recording:
             control=control,
             settle=lambda: (method := settle()) and method(),
         )
+        hooks.notices.origin = self.channel.origin
+        self._tell_uid()
         self.pipeline.attach(self.channel, self.settings)
         return self.channel
+
+    def _choose_uid(self) -> tuple[str, UidSource]:
+        asked_for, ids = self.settings.run_id, self.pipeline.ids
+        # In the environment it names the process, whose optimizers are runs of their own.
+        names_process = asked_for is None or asked_for == os.environ.get("GRADWATCH_RUN_ID")
+        ordinal = ids.next if names_process else ids.free
+        return identity.run_uid(self.pipeline.job, setting=asked_for, ordinal=ordinal)
+
+    def _tell_uid(self) -> None:
+        """Where this is not the first run of the process under the id that was asked for."""
+        asked_for = self.settings.run_id
+        if self._uid_source == "setting" and asked_for != self._uid:
+            self.pipeline.troubles.report(
+                f"id {self._uid}",
+                f"run id {asked_for!r} is that of another optimizer of this process: the run of this "
+                f"one has the id {self._uid!r}",
+            )

@@ -162,6 +162,13 @@ class RunInfo:
     `uid_source` says whether `uid` came from a checkpoint ("state"), from the user ("setting"),
     from the launcher ("launcher") or is new ("fresh"). `leader` is the ring of rank 0 on the other
     ranks, whose runs it is. `recovered`: its process is gone, another one stores its ring.
+
+    `start_step` is the number that the ring's first step has there. Of a run that goes on under its
+    id without a state the store knows better (see `sinks.resume`): what `Sink.open` returns has the
+    step at which the attempt begins, and the sink is handed all step numbers counted from there.
+    `counter` is how many steps the optimizer said that it had applied before; None where it does
+    not say. `after`: the ring whose steps `start_step` goes on from, where the state was saved
+    before the store had said at which step that ring begins.
     """
 
     uid: str
@@ -180,6 +187,8 @@ class RunInfo:
     settings: Mapping[str, Any]
     leader: str | None = None
     recovered: bool = False
+    counter: int | None = None
+    after: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

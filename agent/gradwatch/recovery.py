@@ -7,7 +7,6 @@ takes a batch only where its own cursor of that ring stands (see `sinks.database
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import math
 import time
@@ -28,7 +27,7 @@ from gradwatch.sinks.database import DatabaseSink
 from gradwatch.troubles import Troubles
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from gradwatch.clock import Clock
@@ -40,6 +39,7 @@ __all__ = ["Patrol", "Recovered", "left_behind", "recover"]
 
 _LOOK_SECONDS = 60.0
 _TRY_SECONDS = 20.0
+_OTHERS_SECONDS = 60.0  # how long a run waits for another process to store what precedes it
 _PAUSE_SECONDS = 0.05  # between two tries of a store that somebody else has just now
 _FIELDS = {field.name for field in dataclasses.fields(RunInfo)}
 
@@ -103,36 +103,68 @@ def left_behind(
     sink: Sink,
     report: Callable[[Path, str], None],
     foreign: Callable[[Path, str], None],
+    first: Collection[str] = (),
 ) -> Iterator[tuple[Path, Channel]]:
     """One after the other, a channel to the sink for each ring that a dead process left for it.
 
     It is to be served until it is closed before the next is asked for. `report` is told of files
-    that nobody can store, `foreign` of those that belong in another store.
+    that nobody can store, `foreign` of those that belong in another store. Rings come in the order
+    in which they were begun, since attempts at one run go on from each other; those of the uids
+    `first` before all others.
     """
-    place = _place(store)
-    for folder in folders:
+
+    def order(place: tuple[Path, Path]) -> tuple[bool, float, str]:
+        seen = salvage.look(place[1])
+        about = {} if seen is None else seen.about
+        began = about.get("started_at")
+        at = float(began) if isinstance(began, (int, float)) else math.inf
+        return about.get("uid") not in first, at, place[1].name
+
+    places = [(folder, path) for folder in folders for path in _files(folder, report)]
+    for folder, path in sorted(places, key=order):
         # The folder beside an SQLite file goes where the file goes.
         near = folder == rings.beside(store)
 
-        def wanted(path: Path, about: Mapping[str, Any], *, near: bool = near) -> bool:
-            recorded = str(about.get("store", ""))
-            if near or _place(recorded) == place:
+        def wanted(about: Mapping[str, Any], *, near: bool = near, path: Path = path) -> bool:
+            if near or _place(str(about.get("store", ""))) == _place(store):
                 return True
             if not salvage.lives(about):
+                recorded = about.get("store", "")
                 foreign(path, f"was recorded for {recorded}: name that store with --store")
             return False
 
-        for path in _files(folder, report):
-            try:
-                ring = salvage.claim(path, functools.partial(wanted, path))
-                if ring is None:
-                    continue
-                if ring.heads == (0, 0) and not _leads(ring):
-                    ring.close(remove=True)  # nothing to tell; rank 0's tells how the run ended
-                else:
-                    yield path, _channel(ring, sink)
-            except RingError as error:
-                report(path, str(error))
+        try:
+            ring = salvage.claim(path, wanted)
+            if ring is None:
+                continue
+            if ring.heads == (0, 0) and not _leads(ring):
+                ring.close(remove=True)  # nothing to tell; rank 0's tells how the run ended
+            else:
+                yield path, _channel(ring, sink)
+        except RingError as error:
+            report(path, str(error))
+
+
+def _precede(folders: Iterable[Path], store: str, run: RunInfo) -> bool:
+    """Whether a dead process has left steps of this run, on whose number its next one depends."""
+    for folder in folders:
+        try:
+            paths = list(folder.glob(f"{rings.prefix(run.uid)}-*.ring"))
+        except OSError:
+            continue
+        for path in paths:
+            seen = salvage.look(path)
+            if seen is None or not seen.gone:
+                continue
+            about = seen.about
+            near = folder == rings.beside(store)
+            if (
+                (about.get("uid"), about.get("rank")) == (run.uid, 0)
+                and float(about["started_at"]) < run.started_at
+                and (near or _place(str(about.get("store"))) == _place(store))
+            ):
+                return True
+    return False
 
 
 def _files(folder: Path, report: Callable[[Path, str], None]) -> list[Path]:
@@ -164,22 +196,49 @@ class Patrol:
             self._beats[settings.store] = rings.folders(settings), sink
             self._look_at = -math.inf
 
-    def next(self) -> Channel | None:
-        """A channel that the worker is to serve as well: one at a time."""
+    def owes(self, store: str, run: RunInfo, since: float) -> bool:
+        """Whether what a dead process has left of this run is still to be stored, before it goes on.
+
+        What others have taken to store is waited for a minute `since` then.
+        """
+        if self._is_of(run):
+            return True
+        if self._clock.monotonic() - since > _OTHERS_SECONDS:
+            return False
+        return _precede(self._beats[store][0], store, run)
+
+    def problem(self, run: RunInfo) -> Exception | None:
+        """What keeps that from the store; None: nothing, or it has not been tried."""
+        return self._current.store.error if self._current and self._is_of(run) else None
+
+    def _is_of(self, run: RunInfo) -> bool:
+        """Whether what is being stored now is of this run."""
+        current = self._current
+        if current is None or current.closed.is_set():
+            return False
+        return (current.run.uid, current.run.rank) == (run.uid, 0)
+
+    def next(self, awaited: Collection[str] = ()) -> Channel | None:
+        """A channel that the worker is to serve as well: one at a time, `awaited` uids first."""
         if self._current is not None and not self._current.closed.is_set():
             return None
+        if awaited:
+            self._found = self._look(awaited)
         self._current = next(self._found, (None, None))[1]
         if self._current is None and self._clock.monotonic() >= self._look_at:
             self._look_at = self._clock.monotonic() + _LOOK_SECONDS
-            self._found = itertools.chain.from_iterable(
-                left_behind(folders, store, sink, _ignore, _ignore)
-                for store, (folders, sink) in self._beats.items()
-            )
+            self._found = self._look()
             self._current = next(self._found, (None, None))[1]
         if self._current is not None:
             # A store that is down, or a rank without its run: left for the next look.
             self._current.deadline = self._clock.monotonic() + _TRY_SECONDS
         return self._current
+
+    def _look(self, first: Collection[str] = ()) -> Iterator[tuple[Path, Channel]]:
+        return itertools.chain.from_iterable(
+            left_behind(folders, store, sink, _ignore, _ignore, first)
+            for store, (folders, sink) in self._beats.items()
+        )
 
 
 def _leads(ring: Ring) -> bool:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gradwatch.config import Settings
     from gradwatch.records import RunInfo
 
-__all__ = ["beside", "folders", "intruded", "make"]
+__all__ = ["beside", "folders", "intruded", "make", "prefix"]
 
 
 def folders(settings: Settings) -> list[Path]:
@@ -84,7 +84,7 @@ def make(
     steps, events = settings.ring_steps, settings.ring_events
     problem = None
     if durable or settings.ring_dir is not None:
-        name = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', run.uid)[:80]}-{run.ring[:12]}.ring"
+        name = f"{prefix(run.uid)}-{run.ring[:12]}.ring"
         for folder in folders(settings):
             try:
                 if folder == _temporary():
@@ -94,6 +94,11 @@ def make(
                 problem = problem or error
         report("ring", f"{problem}; the last steps would not outlive a crash")
     return Ring.in_memory(metadata, steps=steps, events=events)
+
+
+def prefix(uid: str) -> str:
+    """What the names of a run's files begin with; those of others may, too."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "_", uid)[:80]
 
 
 def _make_private(folder: Path) -> None:

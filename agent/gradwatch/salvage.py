@@ -9,21 +9,21 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from gradwatch import identity
 from gradwatch.errors import RingError
-from gradwatch.layout import PAGE, header_problem, spans
-from gradwatch.locks import held, lock, release
+from gradwatch.layout import ENDING_AT, PAGE, header_problem, spans
+from gradwatch.locks import held, holder, lock, release
 from gradwatch.recorder import Ring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-__all__ = ["claim", "lives", "sweep"]
+__all__ = ["Seen", "claim", "lives", "look", "sweep"]
 
 _MAKING_SECONDS = 60.0  # a file that was being made for so long never will be
 
@@ -61,6 +61,37 @@ def claim(path: Path, wanted: Callable[[Mapping[str, Any]], bool] = lambda _: Tr
     steps, events = ring.heads
     ring.trust(_true_steps(steps, ring.steps), _true_events(events, ring.events))
     return ring
+
+
+class Seen(NamedTuple):
+    """A ring at a look from outside: what it says of itself, and whether its process is gone."""
+
+    about: Mapping[str, Any]
+    gone: bool
+
+
+def look(path: Path) -> Seen | None:
+    """Look at a ring without taking its lock; None where it cannot be read, or this process has it."""
+    try:
+        found = path.stat()
+        if (found.st_dev, found.st_ino) in held:  # to close a file of our own lets go of its lock
+            return None
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        about = _metadata(path, descriptor)
+        ended = os.pread(descriptor, 8, ENDING_AT) != bytes(8)
+        return Seen(about, (ended or not lives(about)) and not _is_kept(about, holder(descriptor)))
+    except (OSError, ValueError, KeyError, TypeError, RingError):
+        return None
+    finally:
+        os.close(descriptor)
+
+
+def _is_kept(about: Mapping[str, Any], by: int | None) -> bool:
+    """Whether the process that has a ring may be its own: of another machine's nobody knows."""
+    return by is not None and (about["host"] != identity.host() or by == int(about["pid"]))
 
 
 def sweep(folder: Path, now: float) -> None:
@@ -130,15 +161,22 @@ def _copy(path: Path, descriptor: int) -> Ring:
 
 
 def lives(about: Any) -> bool:
-    """Whether the ring's process is one of this machine's that still runs."""
-    return about["host"] == identity.host() and identity.is_alive(
-        int(about["pid"]), float(about["started_at"])
-    )
+    """Whether the ring's process is one of this machine's that still runs.
+
+    One with this process's own id is gone: what this process writes is known to it (see `held`).
+    In a container that was started again it often has the id of the one before.
+    """
+    pid = int(about["pid"])
+    if about["host"] != identity.host() or pid == os.getpid():
+        return False
+    return identity.is_alive(pid, float(about["started_at"]))
 
 
 def _is_gone(about: Any) -> bool:
     """Whether a ring's process has ended, where the file system knows no locks."""
-    return about["host"] == identity.host() and not identity.is_alive(int(about["pid"]))
+    pid = int(about["pid"])
+    here = about["host"] == identity.host()
+    return here and (pid == os.getpid() or not identity.is_alive(pid))
 
 
 def _true_steps(head: int, slots: np.ndarray[Any, np.dtype[np.void]]) -> int:

@@ -35,6 +35,7 @@ __all__ = ["OnNonFinite", "OpenStep", "Treatment"]
 
 OnNonFinite = Literal["skip", "raise", "ignore"]
 _nan = math.nan
+_SAY_SECONDS = 1.0  # how long an error waits to be told the step's number in the run
 _NO_END = 50  # steps in a row with a gradient that is not finite
 # The exporter counts these by the record, without reading the events.
 _FLAG_OF_EVENT = {"grad_norm_spike": FLAGS.NORM_SPIKE}
@@ -255,8 +256,10 @@ class Treatment:
         if skipped:
             step.flags |= FLAGS.SKIPPED
         if self.on_nonfinite == "raise":
+            called = self.notices.called(step.number, _SAY_SECONDS)
+            number = self.notices.number(step.number)
             step.error = NonFiniteGradientError(
-                f"step {step.number}: {event.message}", step=step.number, parameters=faults
+                f"{called}: {event.message}", step=number, parameters=faults
             )
         elif self.notices.rank == 0:
             self._warn(step.number, event.message)
@@ -265,7 +268,8 @@ class Treatment:
     def _warn(self, number: int, message: str) -> None:
         """In the job's own log: the first such step, and when there is no end to them."""
         if self._bad_until < 0:
-            logger.warning("gradwatch: step %d: %s; further ones are on record", number, message)
+            called = self.notices.called(number)
+            logger.warning("gradwatch: %s: %s; further ones are on record", called, message)
         if number != self._bad_until + 1:
             self._bad_from = number
         self._bad_until = number
@@ -273,7 +277,7 @@ class Treatment:
             outcome = "all skipped, nothing is learnt" if self.on_nonfinite == "skip" else "applied"
             logger.warning(
                 "gradwatch: %d steps in a row with NaN or inf in the gradient, %s: steps %d to %d",
-                _NO_END, outcome, self._bad_from, number,
+                _NO_END, outcome, self.notices.number(self._bad_from), self.notices.number(number),
             )  # fmt: skip
 
     def skip(self, step: OpenStep) -> None:

@@ -5,6 +5,9 @@ import sqlite3
 import subprocess
 import sys
 
+import torch
+
+import gradwatch
 from gradwatch import identity
 
 
@@ -62,3 +65,40 @@ def test_names_fit_the_stores_columns():
     """A script's and a launcher's may be of any length; PostgreSQL takes 255 characters."""
     assert identity.default_name(["x" * 250 + ".py"]) == "x" * 240
     assert len(identity.launcher({"TORCHELASTIC_RUN_ID": "x" * 300}).id) == 240
+
+
+def small(**settings):
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    agent = gradwatch.Agent(optimizer, settings=gradwatch.Settings(**settings))
+
+    def step():
+        weight.grad = torch.ones(2)
+        optimizer.step()
+
+    step()
+    return agent, step
+
+
+def test_an_id_that_is_given_twice_in_one_process(caplog):
+    """While the first run goes on, the second is told its own id; afterwards it is that run again."""
+    settings = {"run_id": "x", "store": "runs.db", "metrics_port": None}
+    one, _ = small(**settings)
+    two, _ = small(**settings)
+    assert (one.run_id, two.run_id) == ("x", "x-2")
+    (told,) = [r.getMessage() for r in caplog.records if "run id" in r.getMessage()]
+    assert told == (
+        "gradwatch: run id 'x' is that of another optimizer of this process: the run of this one "
+        "has the id 'x-2'"
+    )
+    for agent in (one, two):
+        agent.close()
+    three, step = small(**settings)
+    step()
+    assert three.run_id == "x"
+    three.close()
+    with sqlite3.connect("runs.db") as connection:
+        found = connection.execute(
+            "SELECT r.uid, s.attempt, s.step FROM runs r JOIN steps s ON s.run_id = r.id ORDER BY 1, 3"
+        ).fetchall()
+    assert found == [("x", 1, 0), ("x", 2, 1), ("x", 2, 2), ("x-2", 1, 0)]

@@ -7,6 +7,7 @@ somebody else has stored from this ring.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sqlite3
 import time
 from typing import TYPE_CHECKING, NoReturn
@@ -28,17 +29,20 @@ from gradwatch.sinks import (
     SinkError,
     blocks,
     postgres,
+    resume,
     rows,
     sqlite,
 )
 from gradwatch.sinks.register import bury, register
 from gradwatch.sinks.remedies import is_refused, may_pass, remedy
+from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from gradwatch.records import Batch, RunInfo, RunStatus
+    from gradwatch.sinks.register import Registration
 
 __all__ = ["DatabaseSink"]
 
@@ -57,6 +61,7 @@ class DatabaseSink:
         self._file: tuple[int, ...] | None = None  # which file the connection is to, as we left it
         self._cursors: dict[str, tuple[int, int]] = {}  # by ring: what the store said or was told
         self._days: set[int] = set()  # partitions that are there
+        self._overtaken: set[str] = set()  # rings whose run another process records as well
         self._forgotten = f"the store {redact(url)} was deleted or emptied; the run is stored anew"
 
     # -- the Sink protocol ---------------------------------------------------------------------
@@ -71,6 +76,8 @@ class DatabaseSink:
             if registered.resumed is not None:
                 rows.insert_events(connection, registered.stored, [registered.resumed])
         self._stored[run.ring] = registered.stored
+        if not run.recovered:
+            _tell(registered)
         return registered.run
 
     def write(self, run: RunInfo, batch: Batch) -> None:
@@ -118,17 +125,29 @@ class DatabaseSink:
         stored = self._stored[run.ring]
         with self._transaction(durable=True) as connection:
             self._check_cursor(connection, run.ring)
+            hidden = self._note_hidden(connection, run)
             if run.recovered:
                 bury(connection, run, stored, status)
             elif status is not None and run.rank == 0:
                 self._beat(connection, stored, status=status, ended_at=self._clock())
             else:
                 self._beat(connection, stored)
+        if hidden is not None:
+            logger.warning("gradwatch: run %s: %s", run.name, hidden)
         del self._stored[run.ring]
         self._cursors.pop(run.ring, None)
         if not self._stored:
             self._checkpoint(final=True)
             self.dispose()
+
+    def look_around(self, run: RunInfo) -> None:
+        """See whether another process has begun to record the run, and say so once."""
+        if run.rank == 0 and run.ring not in self._overtaken:
+            with self._transaction() as connection:
+                hidden = self._note_hidden(connection, run, goes_on=True)
+            if hidden is not None:
+                self._overtaken.add(run.ring)
+                logger.warning("gradwatch: run %s: %s", run.name, hidden)
 
     def requested(self, uid: str, after: int) -> ThresholdChange | None:
         """The first change of that run above that id that was neither taken nor refused."""
@@ -216,6 +235,20 @@ class DatabaseSink:
         if not found:
             raise RunForgottenError(self._forgotten)
 
+    def _note_hidden(
+        self, connection: sa.Connection, run: RunInfo, *, goes_on: bool = False
+    ) -> str | None:
+        """Note, if it is so, that a later attempt hides steps of this ring that it did not know of."""
+        stored = self._stored[run.ring]
+        if run.rank != 0:
+            return None
+        found = resume.came_late(connection, stored, self._clock(), goes_on=goes_on)
+        if found is None:
+            return None
+        attempt, event = found
+        rows.insert_events(connection, stored._replace(attempt=attempt), [event])
+        return event.message
+
     # -- on PostgreSQL -------------------------------------------------------------------------
 
     def _make_days(self, batch: Batch) -> None:
@@ -298,3 +331,17 @@ class DatabaseSink:
             return path.stat().st_size > 0
         except (sqlite3.Error, OSError):
             return False
+
+
+def _tell(registered: Registration) -> None:
+    """In the job's log: which run it is, where that is another than was asked for; where it goes on."""
+    run, told, resumed = registered.run, registered.told, registered.resumed
+    if told is not None:
+        asked_for = run.uid_source == "setting"
+        logger.log(logging.WARNING if asked_for else logging.INFO, "gradwatch: %s", told)
+    if resumed is not None:
+        expected = resumed.data["start_by"] == "state"
+        logger.log(
+            logging.INFO if expected else logging.WARNING,
+            "gradwatch: run %s (%s): %s", run.name, run.uid, resumed.message,
+        )  # fmt: skip
