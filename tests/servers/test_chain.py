@@ -10,24 +10,30 @@ from alerting import Receiver, Stack
 from jobs import wait_until
 
 # Trains until a line comes, with a NaN in the gradient of its steps number `at` (-1: of the step
-# after a line "nan").
+# after a line "nan"). Called "sick" it trains under a loss scale of 0, at which every step overflows, and
+# logs losses of NaN.
 JOB = """
-import sys, threading, time, torch, gradwatch
+import os, sys, threading, time, torch, gradwatch
 name, at = sys.argv[1], int(sys.argv[2])
 torch.set_num_threads(1)
 model = torch.nn.Linear(8, 1)
 optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
-gradwatch.wrap(optimizer, model=model, run=name, store=f"{name}.db", clip=gradwatch.ClipNorm(1e6))
+scaler = torch.amp.GradScaler("cpu", init_scale=0.0, enabled=name == "sick")
+agent = gradwatch.Agent(optimizer, model=model, run=name, store=os.environ["GRADWATCH_RUN_ID"] + ".db",
+                        clip=gradwatch.ClipNorm(1e6), scaler=scaler)
 orders = []
 threading.Thread(target=lambda: orders.extend(iter(sys.stdin.readline, "")), daemon=True).start()
 step = 0
 while "end\\n" not in orders:
     optimizer.zero_grad()
-    model(torch.randn(8, 8)).pow(2).mean().backward()
+    loss = model(torch.randn(8, 8)).pow(2).mean()
+    scaler.scale(loss).backward()
+    agent.log(loss=loss * float("nan") if name == "sick" else loss)
     if step == at or "nan\\n" in orders:
         orders.clear()
         model.weight.grad[0, 3] = float("nan")
-    optimizer.step()
+    scaler.step(optimizer)
+    scaler.update()
     step += 1
     time.sleep(0.01)
 """
@@ -53,9 +59,13 @@ def job(monkeypatch, chain):
     monkeypatch.setenv("GRADWATCH_SD_DIR", "targets")
     started = []
 
-    def start(name, nan_at=-1):
+    def start(name, nan_at=-1, uid=None):
         arguments = [sys.executable, "-c", JOB, name, str(nan_at)]
-        environ = {**os.environ, "GRADWATCH_RUN_ID": name}  # started again, it is the same run
+        environ = {
+            **os.environ,
+            "GRADWATCH_RUN_ID": uid or name,  # started again, it is the same run
+            "GRADWATCH_METRICS_PORT": "0",  # who took a dead job's port would hide it
+        }
         started.append(subprocess.Popen(arguments, stdin=subprocess.PIPE, text=True, env=environ))
         return started[-1]
 
@@ -70,31 +80,45 @@ def order(process, line):
     process.stdin.flush()
 
 
-def test_a_nan_and_a_dead_job_reach_a_person_and_a_good_end_does_not(chain, job):
-    """Each is notified with its run and rank, whenever the NaN came; nothing else is."""
+def test_sick_and_dead_jobs_reach_a_person_and_a_good_end_does_not(chain, job):
+    """Each is notified with its run and rank, whenever the NaN came; nothing else is.
+
+    Also of losses of NaN where no gradient is, of a scaler that skips every step, and of a killed run
+    whose name another has meanwhile.
+    """
     stack, receiver = chain
-    jobs = {"nan-midway": job("nan-midway"), "healthy": job("healthy"), "killed": job("killed", 0)}
+    jobs = {"nan-midway": job("nan-midway"), "sick": job("sick"), "killed": job("killed", 0)}
 
     def seen():
         return {labels["run"] for labels in stack.query("gradwatch_run_active == 1")}
 
     wait_until(lambda: seen() == set(jobs), seen, seconds=60)
     # The NaN of `killed` is older than Prometheus' first look at it.
-    expected = {("GradwatchNonfiniteGradients", "killed")}
+    expected = {
+        ("GradwatchNonfiniteGradients", "killed"),
+        ("GradwatchNonfiniteLoss", "sick"),
+        ("GradwatchStepsNotApplied", "sick"),
+    }
     wait_until(lambda: receiver.told() == expected, receiver.told)
     order(jobs["nan-midway"], "nan")
     expected |= {("GradwatchNonfiniteGradients", "nan-midway")}
     wait_until(lambda: receiver.told() == expected, receiver.told)
 
-    for name in ("nan-midway", "healthy"):
+    assert not stack.query('gradwatch_nonfinite_steps_total{run="sick"} > 0')
+    assert not stack.query('gradwatch_loss{run="sick"}')
+    for name in ("nan-midway", "sick"):
         order(jobs[name], "end")
         assert jobs[name].wait(timeout=30) == 0
     # Whoever is not looked for is not missed.
     wait_until(lambda: len(stack.query("up")) == 1, lambda: stack.query("up"))
     jobs["killed"].send_signal(signal.SIGKILL)
+    job("killed", uid="another")
     expected |= {("GradwatchAgentGone", "killed")}
     wait_until(lambda: receiver.told() == expected, receiver.told, seconds=40)
-    assert not stack.query('ALERTS{alertname="GradwatchAgentGone", run!="killed"}')
+    later = 'gradwatch_run_active{run="killed", uid="another"} == 1'
+    wait_until(lambda: stack.query(later), seconds=60)
+    (gone,) = stack.query('ALERTS{alertname="GradwatchAgentGone"}')
+    assert (gone["uid"], gone["alertstate"]) == ("killed", "firing")
 
     for alert in receiver.alerts:
         labels, told = alert["labels"], alert["annotations"]
