@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from gradwatch.config import Settings
     from gradwatch.records import RunStatus
 
-__all__ = ["Pipeline"]
+__all__ = ["Awaited", "Pipeline"]
 
 EXIT_SECONDS = 2.0  # how long the interpreter's exit waits for the worker at most
 
