@@ -56,6 +56,7 @@ class Result:
 
     store: str
     run: str
+    uid: str
     metrics_url: str | None
     accuracy: float
     recommendation: Recommendation
@@ -97,7 +98,9 @@ def run(store: str, *, epochs: int, console: Console) -> Result:
     with Store(store) as opened:
         found = opened.run(run_id)
         result = recommend(opened, found.id)
-    return Result(redact(store), found.name, metrics_url, right.float().mean().item(), result)
+    return Result(
+        redact(store), found.name, found.uid, metrics_url, right.float().mean().item(), result
+    )
 
 
 def _train(

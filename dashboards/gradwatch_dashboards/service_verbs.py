@@ -161,7 +161,7 @@ def demo(
     code = serve.run(
         url,
         port=port,
-        run=result.run,
+        run=f"uid:{result.uid}",
         announce=lambda page: _announce(page, url, as_json=as_json),
     )
     raise typer.Exit(code)

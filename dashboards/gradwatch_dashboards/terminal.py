@@ -41,7 +41,13 @@ __all__ = [
 NOT_FOUND = 1  # also: there is a finding
 USAGE = 2
 
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run's name, uid or id.")]
+RunArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's id, name or uid; a number is an id. id:3, name:3 and uid:3 say which.",
+    ),
+]
 StoreOption = Annotated[
     str | None,
     typer.Option(

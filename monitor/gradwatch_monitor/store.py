@@ -42,6 +42,7 @@ __all__ = [
 _SAME_THRESHOLD = 0.1  # share by which a recommended threshold may move unsaid
 _WEIGHED, _WEIGHED_WITHIN = 5, 10_000  # samples of the weights, and steps they are looked for in
 _IDS = 2**63  # databases count no further
+_KINDS = ("id", "name", "uid")  # what may name a run
 
 
 class Store(Database):
@@ -65,27 +66,29 @@ class Store(Database):
             return [Run(**row._mapping) for row in connection.execute(query)]
 
     def run(self, key: int | str) -> Run:
-        """The run of that name (the latest), uid or id.
+        """The run of that id, name (the latest) or uid.
 
-        Raises `RunNotFoundError`, saying which runs there are.
+        `"id:3"`, `"name:3"` and `"uid:3"` say which is meant. Without that, a number is an id, and
+        other text a name, or where no run has it, a uid. Raises `RunNotFoundError`, saying which
+        runs there are.
         """
-        runs = schema.runs
-        tests: list[sa.ColumnElement[bool]] = []
-        if isinstance(key, str):
-            tests += [runs.c.name == key, runs.c.uid == key]
-        if (isinstance(key, int) or key.isdecimal()) and int(key) < _IDS:
-            tests.append(runs.c.id == int(key))
+        kinds, value = _meaning(key)
         with self._reading() as connection:
-            for test in tests:
-                query = sa.select(runs).where(test).order_by(runs.c.id.desc()).limit(1)
-                row = connection.execute(query).one_or_none()
-                if row is not None:
+            for kind in kinds:
+                if (row := _find(connection, kind, value)) is not None:
                     return Run(**row._mapping)
-            names = connection.execute(
-                sa.select(runs.c.name).order_by(runs.c.id.desc()).limit(5)
+            others = [
+                f"`{kind}:{value}`"
+                for kind in ("name", "uid")
+                if kind not in kinds and _find(connection, kind, value) is not None
+            ]
+            latest = connection.execute(
+                sa.select(schema.runs.c.name).order_by(schema.runs.c.id.desc()).limit(5)
             ).scalars()
-            latest = ", ".join(names) or "none yet"
-        msg = f"no run {key!r} in {self.name}; the latest are: {latest}"
+            names = ", ".join(latest) or "none yet"
+        meant = f"no run with the {kinds[0]} {value!r}" if len(kinds) == 1 else f"no run {key!r}"
+        hint = f"; {' and '.join(others)} would find one" if others else ""
+        msg = f"{meant} in {self.name}{hint}; the latest are: {names}"
         raise RunNotFoundError(msg)
 
     def steps(self, run_id: int, start: int | None = None, stop: int | None = None) -> pd.DataFrame:
@@ -331,6 +334,33 @@ class Store(Database):
             made = connection.execute(sa.insert(changes).values(**values).returning(changes.c.id))
             number = made.scalar_one()
         return next(change for change in self.changes(run.id) if change.id == number)
+
+
+def _meaning(key: int | str) -> tuple[tuple[str, ...], str]:
+    """What a text that names a run may be, in the order to try, and its value."""
+    if isinstance(key, int):
+        return ("id",), str(key)
+    kind, colon, value = key.partition(":")
+    if colon and kind in _KINDS:
+        return (kind,), value
+    return (("id",) if key.isascii() and key.isdigit() else ("name", "uid")), key
+
+
+def _find(connection: sa.Connection, kind: str, value: str) -> Any:
+    """The latest run whose id, name or uid is this; None where there is none."""
+    wanted: int | str = value
+    if kind == "id":
+        if not (value.isascii() and value.isdigit() and len(value) < len(str(_IDS))):
+            return None
+        wanted = int(value)
+    elif "\0" in value:  # which PostgreSQL takes in no text
+        return None
+    query = (
+        sa.select(schema.runs)
+        .where(schema.runs.c[kind] == wanted)
+        .order_by(schema.runs.c.id.desc())
+    )
+    return connection.execute(query.limit(1)).one_or_none()
 
 
 def obstacle(run: Run) -> str | None:

@@ -370,6 +370,7 @@ def runs_table(store: Store, limit: int = 200) -> pd.DataFrame:
         last = store.last_taken(run.id)
         rows.append(
             {
+                "uid": run.uid,
                 "id": run.id,
                 "name": run.name,
                 "status": status(store, run),
@@ -383,7 +384,7 @@ def runs_table(store: Store, limit: int = 200) -> pd.DataFrame:
                 "tags": ", ".join(f"{key}={value}" for key, value in run.tags.items()),
             }
         )
-    names = ["id", "name", "status", "steps", "last step", "optimizer", "clip", "started", "host",
+    names = ["uid", "id", "name", "status", "steps", "last step", "optimizer", "clip", "started", "host",
              "job", "tags"]  # fmt: skip
     frame = pd.DataFrame(rows, columns=names)
     frame["last step"] = pd.to_datetime(frame["last step"], utc=True)

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
@@ -144,8 +145,44 @@ def test_the_runs_page_leads_to_a_run(page, serve, screenshot):
     box = page.get_by_test_id("stDataFrame").bounding_box()
     page.mouse.click(box["x"] + 16, box["y"] + 35 + 18)  # the first row's box
     expect(page.get_by_role("heading", name="newer", exact=True)).to_be_visible(timeout=LONG)
-    assert "run=2" in page.url
+    ((uid,),) = query("SELECT uid FROM runs WHERE name = 'newer'")
+    assert parse_qs(urlsplit(page.url).query)["run"] == [f"uid:{uid}"]
     assert metric(page, "Steps") == "30"
+
+
+def test_the_row_that_was_clicked_is_opened(page, serve):
+    """Though runs were added since the table was drawn, which are above it by now."""
+    write_run(run="older", steps=20)
+    write_run(run="newer", steps=30)
+    page.goto(serve())
+    expect(page.get_by_test_id("data-grid-canvas")).to_be_visible(timeout=LONG)
+    page.wait_for_timeout(1500)
+    for number in range(5):
+        added = f"added-{number}"
+        write_run(run=added, steps=2)
+        box = page.get_by_test_id("stDataFrame").bounding_box()
+        name = page.get_by_test_id("glide-cell-1-0").text_content()
+        if name != added:  # the table has not been drawn anew
+            break
+    assert name != added
+    page.mouse.click(box["x"] + 16, box["y"] + 35 + 18)
+    expect(page.get_by_role("heading", name=name, exact=True)).to_be_visible(timeout=LONG)
+
+
+def test_an_address_tells_ids_names_and_uids_apart(page, serve):
+    """A run named "1" does not stand in for the run with the id 1; the picker leads to either."""
+    write_run(run="first", steps=20)
+    write_run(run="1", steps=30)
+    address = serve()
+    page.goto(f"{address}/run?run=1")
+    expect(page.get_by_role("heading", name="first", exact=True)).to_be_visible(timeout=LONG)
+    page.goto(f"{address}/run?run=name:1")
+    expect(page.get_by_role("heading", name="1", exact=True)).to_be_visible(timeout=LONG)
+    page.get_by_role("combobox").first.click()
+    page.get_by_role("option", name="first (run 1)").click()
+    expect(page.get_by_role("heading", name="first", exact=True)).to_be_visible(timeout=LONG)
+    ((uid,),) = query("SELECT uid FROM runs WHERE id = 1")
+    assert parse_qs(urlsplit(page.url).query)["run"] == [f"uid:{uid}"]
 
 
 def test_the_empty_state_says_how_to_start_and_ends_by_itself(page, serve, screenshot):

@@ -135,8 +135,8 @@ def test_the_streamlit_page_is_a_click_away():
     to_page = [
         text for text in re.findall(r'"url": "([^"]*)"', json.dumps(MADE)) if "ui:raw" in text
     ]
-    assert "${ui:raw}/run?run=${__data.fields.run}" in to_page
-    assert "${ui:raw}/run?run=${run:percentencode}" in to_page
+    assert "${ui:raw}/run?run=uid:${__data.fields.uid}" in to_page
+    assert "${ui:raw}/run?run=name:${run:percentencode}" in to_page
 
 
 def test_provisioning_makes_the_same_data_source():

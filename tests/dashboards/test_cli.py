@@ -275,6 +275,22 @@ def test_output_into_a_pipe_that_closes():
     assert "Traceback" not in result.stderr
 
 
+def test_a_run_that_is_named_like_an_id_is_told_from_it(run):
+    """By every verb that takes a run: a number is the id, `name:` and `uid:` say otherwise."""
+    first = write_run(run="first", steps=20)
+    named = write_run(run="1", steps=30)
+    keys = [("1", 1), ("id:1", 1), ("name:1", 2), ("2", 2), ("name:first", 1)]
+    keys += [(f"uid:{first.run_id}", 1), (f"uid:{named.run_id}", 2), (named.run_id, 2)]
+    for key, expected in keys:
+        assert json.loads(run("show", key, "--json")[1])["id"] == expected
+        assert json.loads(run("recommend", key, "--json")[1])["run_id"] == expected
+        last = {1: "Its last step, 19,", 2: "Its last step, 29,"}[expected]
+        assert last in run("diagnose", key)[1]
+    assert json.loads(run("report", "name:1", "--json")[1])["run_id"] == 2
+    for key, name in (("1", "first"), ("name:1", "1")):
+        assert f"run '{name}' is not running" in run("apply", key, "0.5")[2]
+
+
 @pytest.mark.parametrize(
     "command",
     [

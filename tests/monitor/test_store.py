@@ -59,6 +59,31 @@ def test_runs_by_name_uid_and_id():
         assert store.runs(status="failed") == []
 
 
+def test_ids_names_and_uids_are_told_apart(monkeypatch):
+    """A number is an id, whatever runs are named; a prefix says what is meant, as SQL has it."""
+    write_run(steps=3)
+    for name, uid in (("1", "uid-a"), ("77", "78"), ("uid:1", "first"), ("first", "uid-d")):
+        monkeypatch.setenv("GRADWATCH_RUN_ID", uid)
+        write_run(run=name, steps=3)
+    rows = query("SELECT id, name, uid FROM runs ORDER BY id")
+    with Store("gradwatch.db") as store:
+        for run, name, uid in rows:
+            assert store.run(run).id == store.run(str(run)).id == store.run(f"id:{run}").id == run
+            assert store.run(f"uid:{uid}").id == run
+            latest = max(i for i, other, _ in rows if other == name)
+            assert store.run(f"name:{name}").id == latest
+        assert store.run("first").name == "first"
+        assert store.run("uid-a").id == 2
+        for key, hint in (("77", "`name:77`"), ("78", "`uid:78`")):
+            with pytest.raises(
+                errors.RunNotFoundError, match=f"with the id '{key}'.*; {hint} would"
+            ):
+                store.run(key)
+        for key in ("id:first", "uid:1", "name:uid-a", "9" * 5000, "id:-1", "name:\0", "\u0663"):
+            with pytest.raises(errors.RunNotFoundError):
+                store.run(key)
+
+
 def test_a_run_that_is_not_there_names_those_that_are():
     """The error says which runs there are."""
     write_run(steps=3)

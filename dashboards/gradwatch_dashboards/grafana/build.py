@@ -111,13 +111,14 @@ def overview() -> Dashboard:
                 ("loss", now(_each(f"gradwatch_loss{{{_ALL}}}"))),
                 ("last step", now(_each(f"time() - gradwatch_last_step_timestamp_seconds{{{_ALL}}}"))),
                 ("going on", now(_each(f"gradwatch_run_active{{{_ALL}}}"))),
-                ("", now(f"max by (run, rank, optimizer, policy) (gradwatch_run_info{{{_ALL}}})")),
+                ("", now(f"max by (run, rank, optimizer, policy, uid) (gradwatch_run_info{{{_ALL}}})")),
             ],
             empty=_NO_RUN,
             labels=("run", "rank", "optimizer", "policy"),
+            hidden=("uid",),
             units={"clipped": "percentunit", "last step": "s"},
             links={"run": [link("Run", _TO_THE_RUN), link("gradwatch's own page",
-                                "${ui:raw}/run?run=${__data.fields.run}", new_tab=True)]},
+                                "${ui:raw}/run?run=uid:${__data.fields.uid}", new_tab=True)]},
         ),
         curves(8, "Clip ratio, of five minutes", [over_time(f"{RECORDED}{{{_ALL}}}", _SERIES)],
                "percentunit", empty="no run takes steps", band=BAND,
@@ -143,7 +144,9 @@ def overview() -> Dashboard:
 def run() -> Dashboard:
     """One run: what its gradients do, and what the monitor says of it."""
     made = _dashboard("gradwatch-run", "gradwatch: run", several=False)
-    made.link(link("gradwatch's own page", "${ui:raw}/run?run=${run:percentencode}", new_tab=True))
+    made.link(
+        link("gradwatch's own page", "${ui:raw}/run?run=name:${run:percentencode}", new_tab=True)
+    )
     norm = "gradwatch_last_grad_norm"
     bucket = f"sum by (le) (rate(gradwatch_grad_norm_pre_clip_bucket{{{_ONE}}}[{_RATE}]))"
     for panel in (
@@ -226,7 +229,7 @@ def run() -> Dashboard:
              empty="none, or no monitor", labels=("finding",), units={"critical": "bool_yes_no"},
              span=12, height=6,
              links={"finding": [link("What it rests on, and what to do",
-                                     "${ui:raw}/run?run=${run:percentencode}", new_tab=True)]}),
+                                     "${ui:raw}/run?run=name:${run:percentencode}", new_tab=True)]}),
         rows(17, "Who it is", [("", now(f"max by ({', '.join(_WHO)}) (gradwatch_run_info{{{_ONE}}})"))],
              empty=_NO_RUN, labels=_WHO, units={}, height=5),
     ):  # fmt: skip

@@ -40,18 +40,17 @@ def chosen() -> Run:
             current = store.run(wanted)
         except RunNotFoundError as error:
             st.warning(plain(str(error)))
-    if current.id not in {run.id for run in runs}:
-        runs.append(current)
+    labels = {run.uid: f"{run.name} (run {run.id})" for run in (*runs, current)}
     picked = st.selectbox(
         "Run",
-        runs,
-        index=next(i for i, run in enumerate(runs) if run.id == current.id),
-        format_func=lambda run: f"{run.name} (run {run.id})",
+        list(labels),
+        index=list(labels).index(current.uid),
+        format_func=labels.__getitem__,
         label_visibility="collapsed",
-        key=f"picker of {current.id}",
+        key=f"picker of {current.uid}",
     )
-    if picked.id != current.id:
-        st.query_params["run"] = str(picked.id)
+    if picked != current.uid:
+        st.query_params["run"] = f"uid:{picked}"
         st.rerun()
     return current
 
