@@ -1,33 +1,29 @@
-"""`wrap` and `Agent`: one optimizer instrumented in place, through torch's own step hooks."""
+"""`wrap` and `Agent`: the optimizer of a run, or several, instrumented in place."""
 
 from __future__ import annotations
 
 import json
 import math
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import torch
 
 from gradwatch import arguments
-from gradwatch.amp import ScalerWatch
 from gradwatch.arguments import NOT_GIVEN, NotGiven
 from gradwatch.errors import AlreadyWrappedError, ConfigurationError, NotWrappedError
-from gradwatch.frames import outer_of_step
 from gradwatch.fronts import watched_of
-from gradwatch.guard import guard, unguard
-from gradwatch.hooks import StepHooks
-from gradwatch.kernels import KernelStep
 from gradwatch.names import ParameterNames
 from gradwatch.notices import Notices
 from gradwatch.policies import ClipNorm, Policy
+from gradwatch.rounds import Rounds
 from gradwatch.tape import NullTape, Tape
-from gradwatch.two_pass import TwoPass
-from gradwatch.unseen import Unseen
+from gradwatch.watch import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
     from types import TracebackType
 
     from torch import Tensor, nn
@@ -35,12 +31,15 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.config import Settings
+    from gradwatch.hooks import StepHooks
+    from gradwatch.part import Part
     from gradwatch.records import RunStatus, StepRecord
     from gradwatch.sinks import Sink
     from gradwatch.treatment import OnNonFinite
 
 __all__ = ["Agent", "wrap"]
 
+_T = TypeVar("_T", bound="Optimizer | Sequence[Optimizer]")
 
 DEFAULT_CLIP: Final = ClipNorm(1.0)
 _ORIGIN_SECONDS = 1.0  # how long to wait for the store to say where a run goes on
@@ -49,7 +48,7 @@ _agents: weakref.WeakKeyDictionary[Optimizer, Agent] = weakref.WeakKeyDictionary
 
 
 def wrap(
-    optimizer: Optimizer,
+    optimizer: _T,
     *,
     clip: Policy[Any] | Sequence[Policy[Any]] = DEFAULT_CLIP,
     model: nn.Module | None = None,
@@ -62,14 +61,19 @@ def wrap(
     replace: bool = False,
     remote_control: bool | None = None,
     settings: Settings | None = None,
-) -> Optimizer:
+) -> _T:
     """Clip, record and export every step of this optimizer; returns the same object.
 
     The loop stays as it was, except that its own `clip_grad_norm_` goes.
 
     Args:
-        optimizer: any `torch.optim.Optimizer`, or what accelerate or Lightning put before one.
-        clip: a policy over all parameters (one global norm), or one for each parameter group.
+        optimizer: any `torch.optim.Optimizer`, or what accelerate or Lightning put before one. A
+            list of optimizers that step once each in a step of the job, in one order (Muon beside
+            AdamW, or one a layer, stepped within the backward pass), is one run: its record of a
+            step has the norm over all their gradients, and each optimizer clips its own by `clip`.
+            A list needs `model`.
+        clip: a policy over all parameters of an optimizer (one norm), or one for each of its
+            parameter groups.
         model: names the parameters in alerts, in the order of the layers.
         run: the run's name; default: the script's. A name that a live run has gets `-2`.
         tags: your own facts about the run (JSON-able): hyper-parameters, commit, data set.
@@ -114,7 +118,7 @@ def wrap(
 
 
 class Agent:
-    """The handle on one wrapped optimizer. Arguments as for `wrap`.
+    """The handle on a wrapped optimizer, or on those of one run. Arguments as for `wrap`.
 
     The optimizer keeps its agent alive, not the other way round: a run ends when its optimizer
     is gone, when `close()` is called, at the end of a `with` block, or with the process.
@@ -122,7 +126,7 @@ class Agent:
 
     def __init__(
         self,
-        optimizer: Optimizer,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         clip: Policy[Any] | Sequence[Policy[Any]] = DEFAULT_CLIP,
         model: nn.Module | None = None,
@@ -137,19 +141,21 @@ class Agent:
         settings: Settings | None = None,
     ) -> None:
         """Instrument the optimizer; see `wrap`."""
-        optimizer, two_pass = watched_of(optimizer)
-        parts = arguments.parts(optimizer, clip)
         arguments.model_and_scaler(model, scaler)
-        arguments.sparse(optimizer, model, parts)
-        on_nonfinite = arguments.on_nonfinite(optimizer, parts, on_nonfinite)
+        optimizers = arguments.optimizers(optimizer, model)
+        watched = [(of, arguments.parts(of.optimizer, clip)) for of in map(watched_of, optimizers)]
+        for of, parts in watched:
+            arguments.sparse(of.optimizer, model, parts)
+            chosen_on_nonfinite = arguments.on_nonfinite(of.optimizer, parts, on_nonfinite)
         chosen = arguments.settings_of(
             settings, store, metrics_port, run=run, remote_control=remote_control
         )
         tags = arguments.tags(tags)
-        if (there := _agents.get(optimizer)) is not None:
+        for there in [_agents[of.optimizer] for of, _ in watched if of.optimizer in _agents]:
             if not replace:
+                name = type(optimizers[0]).__name__
                 msg = (
-                    f"this {type(optimizer).__name__} is wrapped already, as run {there.run_id}; "
+                    f"this {name} is wrapped already, as run {there.run_id}; "
                     "wrap it once, or say replace=True to begin a new run"
                 )
                 raise AlreadyWrappedError(msg)
@@ -160,48 +166,36 @@ class Agent:
         sink = store if store is not None and not isinstance(store, (str, Path)) else None
         recording = self._recording = Recording(chosen, sink, tags)
         pipeline = recording.pipeline
-        self._optimizer = weakref.ref(optimizer)
         self._closed = False
-        self._hooks = StepHooks(
-            optimizer,
-            parts,
-            Notices(ParameterNames(model), chosen.layer_norms_every),
-            on_nonfinite=on_nonfinite,
-            fold=chosen.fold,
-            clock=pipeline.clock,
-            start=self._begin,
-            report=pipeline.troubles.report,
-        )
-        self._scaler = ScalerWatch.on(scaler, optimizer, self._hooks) if scaler else None
-        if self._scaler is not None:
-            self._hooks.scaler = self._scaler
-        before, after = self._hooks.before, self._hooks.after
-        # A class that is only used like an optimizer has no hooks: the guard calls ours.
-        has_hooks = hasattr(optimizer, "_optimizer_step_pre_hooks")
-        self._handles = (
-            (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after))
-            if has_hooks
-            else ()
-        )
-        # No kernel where a run is to be as torch's own, to the letter.
-        kernel = KernelStep.of(optimizer, before, after) if chosen.fold else None
-        guard(optimizer, self._hooks, kernel)
-        self._two_pass = (
-            TwoPass.around(two_pass, self._hooks, pipeline.troubles.report)
-            if two_pass is not None
+        self._watches = [
+            Watch(
+                of,
+                parts,
+                Notices(ParameterNames(model), chosen.layer_norms_every),
+                pipeline,
+                on_nonfinite=chosen_on_nonfinite,
+                fold=chosen.fold,
+                scaler=scaler,
+                begin=self._begin,
+                gone=self._gone,
+            )
+            for of, parts in watched
+        ]
+        self._hooks = self._watches[0].hooks  # of a run of one optimizer, all that there are
+        self._rounds = (
+            Rounds([watch.hooks for watch in self._watches], pipeline.troubles.report)
+            if len(self._watches) > 1
             else None
         )
-        self._unseen = Unseen(optimizer, pipeline.troubles.report)
-        pipeline.await_step(self._unseen)
         pipeline.in_child(self._forked)
-        # The pipeline ends every run at exit; this one is for an optimizer that goes before.
-        self._finalizer = weakref.finalize(optimizer, self._optimizer_is_gone)
-        self._finalizer.atexit = False
-        _agents[optimizer] = self
+        for of, _ in watched:
+            _agents[of.optimizer] = self
 
     @classmethod
-    def of(cls, optimizer: Optimizer) -> Agent:
+    def of(cls, optimizer: Optimizer | Sequence[Optimizer]) -> Agent:
         """The agent of a wrapped optimizer. Raises `NotWrappedError` where there is none."""
+        if isinstance(optimizer, Sequence) and optimizer:
+            optimizer = optimizer[0]
         agent = _agents.get(watched_of(optimizer).optimizer)
         if agent is None:
             msg = f"this {type(optimizer).__name__} is not wrapped: call gradwatch.wrap first"
@@ -240,17 +234,21 @@ class Agent:
         dealt with at the step. Returns a 0-d tensor on the gradients' device. Goes on clipping once
         the agent is closed.
         """
-        optimizer = self._optimizer()
-        if optimizer is None:
+        norms = [norm for watch in self._watches if (norm := watch.clip()) is not None]
+        if not norms:
             return torch.tensor(math.nan)
-        if self._scaler is not None:
-            self._scaler.unscale(optimizer)
-        return self._hooks.clip(optimizer)
+        if len(norms) == 1:
+            return norms[0]
+        norm_type = self._hooks.parts[0].policy.norm_type
+        total: Tensor = torch.linalg.vector_norm(
+            torch.stack([norm.to(norms[0]) for norm in norms]), norm_type
+        )
+        return total
 
     @property
     def threshold(self) -> float:
-        """The threshold in force; NaN for policies that have no single one."""
-        return self._hooks.threshold
+        """The threshold in force; NaN where there is no single one."""
+        return self._hooks.threshold if self._rounds is None else math.nan
 
     @property
     def last(self) -> StepRecord | None:
@@ -259,7 +257,7 @@ class Agent:
         Its step is the run's, of a run that goes on as soon as the store has said where; until then
         steps are counted from the first of this process.
         """
-        last = self._hooks.last
+        last = self._hooks.last if self._rounds is None else self._rounds.last
         if last is None or not (origin := self._recording.origin(_ORIGIN_SECONDS)):
             return last
         return last._replace(step=last.step + origin)
@@ -309,7 +307,7 @@ class Agent:
             # Where the store has not said yet at which step of the run this process began.
             "counts_from": self._recording.counts_from if origin is None else "",
             # As text: distributed checkpoints take a dict apart, and lose what a fresh one lacks.
-            "policies": json.dumps([part.dump() for part in self._hooks.parts]),
+            "policies": json.dumps([part.dump() for part in self._parts]),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -319,68 +317,76 @@ class Agent:
         `state` is not from `state_dict`, or from other policies.
         """
         self._settle()
-        loaded = arguments.loaded(state, self._hooks.parts)
+        loaded = arguments.loaded(state, self._parts)
         self._recording.resume(state["run_id"], state.get("counts_from", ""))
-        if (optimizer := self._optimizer()) is not None:
-            self._hooks.new_attempt(optimizer)
-        self._hooks.step = state["step"]
-        self._hooks.load(loaded)
+        for watch in self._watches:
+            if (optimizer := watch.optimizer) is not None:
+                watch.hooks.new_attempt(optimizer)
+            watch.hooks.step = state["step"]
+            count = len(watch.hooks.parts)
+            watch.hooks.load(loaded[:count])
+            loaded = loaded[count:]
 
     # -- beginning and ending ------------------------------------------------------------------
 
-    def _begin(self, optimizer: Optimizer) -> Tape:
-        """At the first step: where it is recorded."""
-        self._unseen.seen()
-        if self._two_pass is None and (outer := outer_of_step(optimizer)) is not None:
-            ours, theirs = type(optimizer).__name__, type(outer).__name__
-            self._recording.pipeline.troubles.report(
-                "outer",
-                f"step() of the wrapped {ours} is called by the step() of {theirs}: what {theirs} does "
-                "to the gradient before it is recorded as well, and what it does to the weights is not "
-                f"left out where a step is skipped. Wrap the {theirs} instead",
-            )
-        return self._recording.begin(optimizer, self._hooks, self._settle)
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy or a pickle of it is None: it belongs to this process and this optimizer."""
+        return _nothing, ()
+
+    @property
+    def _parts(self) -> list[Part]:
+        return [part for watch in self._watches for part in watch.hooks.parts]
+
+    def _begin(self, hooks: StepHooks) -> Tape:
+        """At the first step of an optimizer: where it is recorded."""
+        if self._rounds is None:
+            return self._recording.begin(self._watches, self._settle)
+        if self._recording.channel is None:
+            self._rounds.on(self._recording.begin(self._watches, self._settle))
+        return self._rounds.member(hooks)
 
     def _end(self, status: RunStatus, timeout: float) -> None:
-        if status == "failed":  # perhaps before its first step: that there was none is no news
-            self._unseen.seen()
-        self._unseen.end()
+        for watch in self._watches:
+            if status == "failed":  # perhaps before its first step: that there was none is no news
+                watch.unseen.seen()
+            watch.unseen.end()
         if not self._closed:
             self._closed = True
-            self._let_go()
+            for watch in self._watches:
+                if (optimizer := watch.optimizer) is not None:
+                    _agents.pop(optimizer, None)
+                watch.off()
+            if self._rounds is not None:
+                self._rounds.finish()
         # Of an optimizer that has gone before, the run ends already: wait for that all the same.
         self._recording.end(status, timeout)
 
-    def _let_go(self) -> None:
-        """Off the optimizer, with hooks and all."""
-        self._finalizer.detach()
-        if self._two_pass is not None:
-            self._two_pass.off()
-        for handle in self._handles:
-            handle.remove()
-        if (optimizer := self._optimizer()) is not None:
-            _agents.pop(optimizer, None)
-            unguard(optimizer)
-            self._hooks.new_attempt(optimizer, NullTape())
-            if self._scaler is not None:
-                self._scaler.off(optimizer)
-
     def _settle(self) -> None:
         """Put on record the last steps, where their numbers are on a device still."""
-        self._hooks.settle(self._optimizer())
+        for watch in self._watches:
+            watch.settle()
 
-    def _optimizer_is_gone(self) -> None:
-        """The run ends, stored in the worker's own time.
+    def _gone(self, hooks: StepHooks) -> None:
+        """An optimizer is gone; with the last of them the run ends, stored in the worker's own time.
 
         The garbage collector calls this, in any thread and in the middle of anything: no lock is
         taken here, the worker's wake-up included.
         """
-        if not self._closed:
+        if self._closed:
+            return
+        hooks.settle(None)
+        if all(watch.optimizer is None for watch in self._watches):
             self._closed = True
-            self._hooks.settle(None)
+            if self._rounds is not None:
+                self._rounds.finish()
             self._recording.let_end()
 
     def _forked(self) -> None:
         """In a forked child: go on clipping, record nothing, touch nothing of the parent's."""
         self._recording.forked()
-        self._hooks.forked(NullTape())
+        for watch in self._watches:
+            watch.hooks.forked(NullTape())
+
+
+def _nothing() -> None:
+    """What a pickled or copied agent becomes."""

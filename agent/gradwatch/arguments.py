@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from gradwatch.config import Settings
-    from gradwatch.hooks import StepHooks
     from gradwatch.treatment import OnNonFinite
+    from gradwatch.watch import Watch
 
 __all__ = [
     "CLOSE_SECONDS",
@@ -33,6 +33,7 @@ __all__ = [
     "loaded",
     "model_and_scaler",
     "on_nonfinite",
+    "optimizers",
     "parts",
     "settings_of",
     "sparse",
@@ -52,6 +53,25 @@ class NotGiven:
 
 
 NOT_GIVEN: Final = NotGiven()
+
+
+def optimizers(given: Any, model: Any) -> list[Any]:
+    """The optimizers of a run: the one that was given, or those of a list."""
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Sequence):
+        return [given]
+    if not given:
+        msg = "wrap([]): a list of at least one optimizer"
+        raise ConfigurationError(msg)
+    if len({id(one) for one in given}) < len(given):
+        msg = "wrap([…]): an optimizer is in the list twice"
+        raise ConfigurationError(msg)
+    if len(given) > 1 and model is None:
+        msg = (
+            f"wrap of {len(given)} optimizers needs model=model: without it, parameters of several "
+            "optimizers would have one name"
+        )
+        raise ConfigurationError(msg)
+    return list(given)
 
 
 def parts(optimizer: Optimizer, clip: Any) -> list[Part]:
@@ -192,20 +212,25 @@ def loaded(state: Mapping[str, Any], parts: list[Part]) -> list[tuple[Policy[Any
         raise ConfigurationError(msg) from None
 
 
-def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict[str, Any]:
+def describe(watches: Sequence[Watch], settings: Settings) -> dict[str, Any]:
     """What `runs.settings` says of this run: enough to read its numbers by, no secrets."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    policies = [part.policy for part in hooks.parts]
-    gains = [_gain(group) for group in optimizer.param_groups]
+    optimizers = [o for watch in watches if (o := watch.optimizer) is not None]
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    params = [p for group in groups for p in group["params"]]
+    policies = [part.policy for watch in watches for part in watch.hooks.parts]
+    gains = [_gain(group) for group in groups]
     return {
-        "optimizer": type(optimizer).__name__,
-        "folds": hooks.folds,
-        "clip": ", ".join(map(str, policies)),
+        "optimizer": ", ".join(sorted({type(o).__name__ for o in optimizers})),
+        "optimizers": len(optimizers),
+        "folds": all(watch.hooks.folds for watch in watches),
+        "clip": ", ".join(dict.fromkeys(map(str, policies)))
+        if len(watches) > 1
+        else ", ".join(map(str, policies)),
         "policies": [policy.describe() for policy in policies],
-        "on_nonfinite": hooks.on_nonfinite,
+        "on_nonfinite": watches[0].hooks.on_nonfinite,
         "fold": settings.fold,
-        "groups": len(optimizer.param_groups),
-        "learning_rates": sorted(set(filter(math.isfinite, map(_rate, optimizer.param_groups)))),
+        "groups": len(groups),
+        "learning_rates": sorted(set(filter(math.isfinite, map(_rate, groups)))),
         "gain": None if math.inf in gains else max(gains),
         "tensors": len(params),
         "parameters": sum(p.numel() for p in params),
@@ -218,12 +243,14 @@ def describe(optimizer: Optimizer, hooks: StepHooks, settings: Settings) -> dict
     }
 
 
-def counter(optimizer: Optimizer) -> int | None:
+def counter(optimizer: Optimizer | None) -> int | None:
     """How many steps the optimizer says that it has applied, in its own state; None: it does not say.
 
     Up to 1 it says nothing: some have a 0 there from the start, and torch.distributed.checkpoint
     takes a step of its own to have a state made.
     """
+    if optimizer is None:
+        return None
     try:
         counted = [state["step"] for state in optimizer.state.values() if "step" in state]
         plain = [float(step) for step in counted if not isinstance(step, torch.Tensor)]

@@ -120,7 +120,14 @@ class Settings(BaseSettings):
     ] = None
     ring_steps: Annotated[
         int,
-        Field(ge=64, le=2**26, description="Steps a flight-recorder file holds (96 bytes each)."),
+        Field(
+            ge=64,
+            le=2**26,
+            description=(
+                "Steps a flight-recorder file holds (96 bytes each). Where it is not set, the fifth "
+                "run of a process and later ones have an eighth of it, and of the event slots."
+            ),
+        ),
     ] = 131_072
     ring_events: Annotated[
         int,

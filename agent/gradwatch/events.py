@@ -27,6 +27,7 @@ __all__ = [
     "encode_event",
     "encode_layers",
     "grad_norm_spike",
+    "layers_of",
     "loss_spike",
     "nonfinite_gradient",
     "nonfinite_loss",
@@ -321,6 +322,20 @@ def encode_layers(
     return body if weights is None else body + array("d", weights).tobytes()
 
 
+def layers_of(payload: bytes) -> tuple[int, list[float], list[float] | None] | None:
+    """Step, gradient norms and weight norms of what `encode_layers` wrote; None for anything else."""
+    if payload[:1] != bytes([_LAYERS_TAG]):
+        return None
+    _, with_weights, count, step = _LAYERS.unpack_from(payload)
+    values = array("d")
+    values.frombytes(payload[_LAYERS.size :])
+    if len(values) != count * (1 + with_weights):
+        msg = f"{len(values)} norms of {count} parameters"
+        raise ValueError(msg)
+    numbers = values.tolist()
+    return step, numbers[:count], numbers[count:] if with_weights else None
+
+
 def _encode(body: Mapping[str, Any]) -> bytes:
     # What is no text in UTF-8 (a file name may not be) becomes a question mark: no database
     # would take it.
@@ -334,21 +349,12 @@ def decode(payload: bytes, names: Sequence[str] = ()) -> Event | LayerNorms | No
     `names` are the optimizer's parameters; one that has none is called by its position.
     """
     try:
-        if payload[:1] == bytes([_LAYERS_TAG]):
-            return _decode_layers(payload, names)
+        if (layers := layers_of(payload)) is not None:
+            step, grads, weights = layers
+            count = len(grads)
+            named = [*names[:count], *(f"parameter{i}" for i in range(len(names), count))]
+            return LayerNorms(step, named, grads, weights or [math.nan] * count)
         body: dict[str, Any] = json.loads(payload)
         return Event(**body)
     except (ValueError, TypeError, KeyError, struct.error):
         return None
-
-
-def _decode_layers(payload: bytes, names: Sequence[str]) -> LayerNorms:
-    _, with_weights, count, step = _LAYERS.unpack_from(payload)
-    values = array("d")
-    values.frombytes(payload[_LAYERS.size :])
-    if len(values) != count * (1 + with_weights):
-        msg = f"{len(values)} norms of {count} parameters"
-        raise ValueError(msg)
-    named = [*names[:count], *(f"parameter{i}" for i in range(len(names), count))]
-    weights = values[count:].tolist() if with_weights else [math.nan] * count
-    return LayerNorms(step, named, values[:count].tolist(), weights)

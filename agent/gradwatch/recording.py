@@ -17,17 +17,15 @@ from gradwatch.sinks import NullSink
 from gradwatch.tape import NullTape, Tape
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from torch.optim import Optimizer
+    from collections.abc import Callable, Mapping, Sequence
 
     from gradwatch.channel import Channel
     from gradwatch.config import Settings
-    from gradwatch.hooks import StepHooks
     from gradwatch.identity import UidSource
     from gradwatch.pipeline import Pipeline
     from gradwatch.records import RunStatus
     from gradwatch.sinks import Sink
+    from gradwatch.watch import Watch
 
 __all__ = ["Recording"]
 
@@ -75,13 +73,13 @@ class Recording:
             return ""
         return self.channel.run.after or self.channel.run.ring
 
-    def begin(self, optimizer: Optimizer, hooks: StepHooks, settle: Callable[[], None]) -> Tape:
+    def begin(self, watches: Sequence[Watch], settle: Callable[[], None]) -> Tape:
         """At the first step of an attempt: its tape; where none can be made, one that keeps nothing.
 
         `settle`, a bound method that is held weakly, puts the last steps on the tape.
         """
         try:
-            return self._open(optimizer, hooks, weakref.WeakMethod(settle))
+            return self._open(watches, weakref.WeakMethod(settle))
         except Exception as error:  # noqa: BLE001 - the border with the training loop
             self._incomplete = True
             self.pipeline.troubles.report(
@@ -128,12 +126,13 @@ class Recording:
 
     def _open(
         self,
-        optimizer: Optimizer,
-        hooks: StepHooks,
+        watches: Sequence[Watch],
         settle: weakref.WeakMethod[Callable[[], None]],
     ) -> Tape:
         rank, world_size = identity.rank_and_world(os.environ)
-        hooks.notices.rank, hooks.notices.alone = rank, world_size == 1
+        for watch in watches:
+            notices = watch.hooks.notices
+            notices.rank, notices.alone = rank, world_size == 1
         self._attempts += 1
         peers = Peers.of(self._ordinal, self._attempts) if world_size > 1 else None
         if not self._on or (rank != 0 and peers is None):
@@ -149,23 +148,30 @@ class Recording:
             rank=rank,
             world_size=world_size,
             started_at=self.pipeline.clock.time(),
-            start_step=hooks.step,
+            start_step=watches[0].hooks.step,
             metrics_url=self.metrics_url,
             tags=self._tags,
-            settings=arguments.describe(optimizer, hooks, self.settings),
-            counter=arguments.counter(optimizer),
+            settings=arguments.describe(watches, self.settings),
+            counter=arguments.counter(watches[0].optimizer),
             after=self._after,
         )
         ring = rings.make(
             run,
             self.settings,
-            parameters=hooks.notices.named(optimizer),
+            parameters=[name for watch in watches for name in watch.names()],
+            ordinal=self._ordinal,
             durable=self._sink is None,
             report=self.pipeline.troubles.report,
         )
         control = None
-        if self.settings.remote_control:
-            control = control_of(hooks.parts, peers, rank, world_size)
+        if self.settings.remote_control and len(watches) == 1:
+            control = control_of(watches[0].hooks.parts, peers, rank, world_size)
+        elif self.settings.remote_control:
+            self.pipeline.troubles.report(
+                "remote control",
+                f"remote_control is off for a run of {len(watches)} optimizers, each of which clips by "
+                "a threshold of its own: wrap them one by one to apply thresholds while they run",
+            )
         known = {
             "ring": str(ring.path) if ring.path else None,
             "remote_control": control is not None,
@@ -178,12 +184,13 @@ class Recording:
             ring,
             self._sink or self.pipeline.store_sink(self.settings.store),
             self.pipeline.metrics if self.metrics_url else NullSink(),
-            parameters=lambda: hooks.notices.parameters,
+            parameters=lambda: [n for watch in watches for n in watch.hooks.notices.parameters],
             peers=peers,
             control=control,
             settle=lambda: (method := settle()) and method(),
         )
-        hooks.notices.origin = self.channel.origin
+        for watch in watches:
+            watch.hooks.notices.origin = self.channel.origin
         self._tell_uid()
         self.pipeline.attach(self.channel, self.settings)
         return self.channel

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["beside", "folders", "intruded", "make", "prefix"]
 
+FULL_RINGS = 4  # runs of a process that have a ring of full size
+SMALLER = 8  # how many times smaller the others' are, where no size is set
+
 
 def folders(settings: Settings) -> list[Path]:
     """Where to try, in order: the setting, else beside an SQLite store, else a temporary folder.
@@ -71,10 +74,15 @@ def make(
     settings: Settings,
     *,
     parameters: Sequence[str],
+    ordinal: int = 1,
     durable: bool,
     report: Callable[[str, str], None],
 ) -> Ring:
-    """The run's ring: a file in the first folder that takes one, else plain memory (said once)."""
+    """The run's ring: a file in the first folder that takes one, else plain memory (said once).
+
+    `ordinal` is the run's number in its process: where there are many, each has less to hold, and
+    all of them together shall not take gigabytes.
+    """
     metadata: dict[str, Any] = {
         **dataclasses.asdict(run),
         "store": redact(settings.store),
@@ -82,6 +90,10 @@ def make(
         "parameters": list(parameters),
     }
     steps, events = settings.ring_steps, settings.ring_events
+    if ordinal > FULL_RINGS:
+        chosen = settings.model_fields_set
+        steps = steps if "ring_steps" in chosen else steps // SMALLER
+        events = events if "ring_events" in chosen else events // SMALLER
     problem = None
     if durable or settings.ring_dir is not None:
         name = f"{prefix(run.uid)}-{run.ring[:12]}.ring"

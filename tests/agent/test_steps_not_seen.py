@@ -171,10 +171,10 @@ def test_what_never_called_the_init_of_optimizer_is_watched(kind, with_closure):
         mlp(),
         "adam",
         None,
-        [sgd()],
+        {"a": sgd()},
         type("Groups", (), {"param_groups": [{}], "step": print})(),
     ],
-    ids=["model", "text", "None", "list", "no params"],
+    ids=["model", "text", "None", "dict", "no params"],
 )
 def test_what_is_no_optimizer_is_refused(given):
     """By the name of its class."""
