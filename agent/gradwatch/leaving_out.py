@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from torch.optim import Optimizer
 
-__all__ = ["Rewind", "StepLeftOut", "may_be_left_out"]
+__all__ = ["Rewind", "StepLeftOut", "may_be_left_out", "why_not_untouched"]
 
 LEARNING_STEPS = 2
 LEARNING_BYTES = 256 * 2**20  # no copy of more than this is made to find out how an optimizer steps
@@ -31,6 +31,19 @@ class StepLeftOut(BaseException):
 def may_be_left_out(optimizer: Any) -> bool:
     """Whether `step()` may go uncalled: not where it talks to other ranks, which wait for this one."""
     return not type(optimizer).__module__.startswith("torch.distributed")
+
+
+def why_not_untouched(optimizer: Any) -> str | None:
+    """Why a step that is taken without gradients may change something after all; None: it does not."""
+    inner = getattr(optimizer, "_optim_constructor", None)
+    if may_be_left_out(optimizer) or inner is None or inner.__module__.startswith("torch.optim"):
+        return None
+    name = type(optimizer).__name__
+    return (
+        f"{name} communicates within step(), so a step with NaN or inf is not left out: it is taken "
+        f"without gradients, in which {inner.__name__} may still apply weight decay or momentum or "
+        'advance counters; use an optimizer of torch.optim inside it, or on_nonfinite="raise"'
+    )
 
 
 class Rewind:

@@ -10,6 +10,7 @@ from gradwatch.frames import outer_of_step
 from gradwatch.guard import guard, unguard
 from gradwatch.hooks import StepHooks
 from gradwatch.kernels import KernelStep
+from gradwatch.leaving_out import why_not_untouched
 from gradwatch.tape import NullTape
 from gradwatch.two_pass import TwoPass
 from gradwatch.unseen import Unseen
@@ -80,6 +81,8 @@ class Watch:
         self._two_pass = (
             TwoPass.around(outer, self.hooks, self._report) if outer is not None else None
         )
+        if on_nonfinite == "skip" and (why := why_not_untouched(optimizer)) is not None:
+            self._report("not left out", why)
         self.unseen = Unseen(optimizer, self._report)
         pipeline.await_step(self.unseen)
         # The pipeline ends every run at exit; this one is for an optimizer that goes before.

@@ -201,3 +201,26 @@ def test_the_hooks_of_others_are_not_called_in_a_step_that_is_left_out():
     optimizer.step()
     assert called == ["before ours"]
     assert parameters_equal(model, twin)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize(
+    ("inner", "told"), [("torch.AdamW", 0), ("po.lion", 1)], ids=["torch's", "another's"]
+)
+def test_an_optimizer_that_communicates_in_its_step_is_told_at_wrap(inner, told, tmp_path, caplog):
+    """Its step is taken without gradients, in which only torch's own are sure to change nothing."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1
+    )
+    try:
+        model = mlp()
+        kind = type(zoo.OPTIMIZERS[inner](mlp()))
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), kind, lr=0.01)
+        agent, _ = watched(optimizer)
+        agent.close()
+    finally:
+        torch.distributed.destroy_process_group()
+    words = [r.getMessage() for r in caplog.records if "communicates within step()" in r.message]
+    assert len(words) == told

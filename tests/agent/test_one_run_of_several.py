@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 import sqlite3
 from pathlib import Path
 
@@ -300,3 +301,27 @@ def test_an_agent_copies_and_pickles_to_none():
     assert copy.deepcopy(net).agent is None
     assert copy.copy(net.agent) is None
     assert pickle.loads(pickle.dumps(net)).agent is None
+
+
+def test_the_examples_of_the_page_run():
+    """Those of docs/optimizers.md, with a model of their kind."""
+    page = (Path(gradwatch.__file__).parents[2] / "docs" / "optimizers.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        model = deep(3)
+        names = {
+            "torch": torch,
+            "gradwatch": gradwatch,
+            "model": model,
+            "matrices": [p for p in model.parameters() if p.ndim == 2],
+            "others": [p for p in model.parameters() if p.ndim < 2],
+        }
+        exec(example, names)
+        loss_of(model, 0).backward()
+        for optimizer in names["optimizers"]:
+            optimizer.step()
+        agent = Agent.of(names["optimizers"])
+        norm = float(get_total_norm([p.grad for p in model.parameters()]))
+        assert agent.last.post_norm == pytest.approx(norm, rel=1e-4)
+        agent.close()
