@@ -217,11 +217,13 @@ def expected(truth):
     every = {run: t.rate(run) for run in RUNS}
     steps, increase = total("steps"), t.increase
     info = {run: t.info(run) for run in RUNS}
-    firing = (
-        {("GradwatchNonfiniteGradients", "noisy"): near(1)}
-        if total("nonfinite_steps")["noisy"]
-        else {}
-    )
+    firing = {}
+    if total("nonfinite_steps")["noisy"]:
+        firing["GradwatchNonfiniteGradients", "noisy", ""] = near(1)
+    # A rule is evaluated within a second of a scrape.
+    critical = t.w.values("max_over_time(gradwatch_finding_critical[2m] offset 1s) == 1", "finding")
+    for (finding,) in critical:
+        firing["GradwatchCriticalFinding", "noisy", finding] = near(1)
     *_, seconds = t.span("noisy")
     none = {}
     run = ("run",)
@@ -251,7 +253,7 @@ def expected(truth):
         ("overview", 9, "A"): (run, {(r,): t.greatest(r) for r in RUNS}),
         ("overview", 10, "A"): (run, by_run(last("loss"))),
         ("overview", 11, "A"): (run, by_run(every)),
-        ("overview", 12, "A"): (("alertname", "run"), firing),
+        ("overview", 12, "A"): (("alertname", "run", "finding"), firing),
         ("overview", 13, "A"): (alone, one(sum(total("nonfinite_loss_steps").values()))),
         ("overview", 14, "A"): (alone, one(sum(t.spikes(kind, r) for r in RUNS for kind in ("grad_norm_spike", "loss_spike")))),
         ("overview", 15, "A"): (alone, one(0)),
@@ -284,7 +286,8 @@ def expected(truth):
         ("run", 13, "G"): (alone, one(t.spikes_increase("loss_spike", "noisy"), rel=ONE_SCRAPE)),
         ("run", 14, "A"): (("le",), heat(t.norms("noisy"), seconds)),
         ("run", 15, "A"): (("le",), heat(t.norms("noisy", "post_norm"), seconds)),
-        ("run", 16, "A"): (("finding",), {(finding,): severity == "critical" for finding, severity in t.w.sql("SELECT finding, severity FROM findings f JOIN runs ON runs.id = run_id WHERE name = 'noisy' " "AND found_at < ? AND (f.ended_at IS NULL OR f.ended_at > ?)", t.w.at - 1.5, t.w.at)}),
+        # `nonfinite_gradient` is critical or a warning by how many there are in 200 steps.
+        ("run", 16, "A"): (("finding",), {(finding,): Between(0, 1) if finding == "nonfinite_gradient" else severity == "critical" for finding, severity in t.w.sql("SELECT finding, severity FROM findings f JOIN runs ON runs.id = run_id WHERE name = 'noisy' " "AND found_at < ? AND (f.ended_at IS NULL OR f.ended_at > ?)", t.w.at - 1.5, t.w.at)}),
         ("run", 17, "A"): (tuple(info["noisy"]), {tuple(info["noisy"].values()): 1}),
         ("run", 18, "A"): (alone, one(t.age("noisy"))),
         ("run", 19, "A"): (alone, one(t.stalled_after("noisy"))),

@@ -132,7 +132,7 @@ def overview() -> Dashboard:
                [over_time(f"rate(gradwatch_steps_total{{{_ALL}}}[{_RATE}])", _SERIES)],
                "short", empty=_NO_RUN),
         rows(12, "Alerts that fire", [("", now(_with_panels(_ALERTS)))], empty="none",
-             labels=("alertname", "run", "rank", "severity"), units={}, hidden=("dashboard", "panel"),
+             labels=("alertname", "run", "rank", "finding", "severity"), units={}, hidden=("dashboard", "panel"),
              links={"alertname": [link("What it is about",
                     f"/d/${{__data.fields.dashboard}}?{_OF_THE_ROW}"
                     "&viewPanel=${__data.fields.panel}&${__url_time_range}")]}),
@@ -296,7 +296,7 @@ def _count(name: str) -> str:
 
 def _with_panels(alerts: str) -> str:
     """The alerts, with labels that say which panel shows what each is about."""
-    labelled = f"max by (alertname, run, rank, severity) ({alerts})"
+    labelled = f"max by (alertname, run, rank, finding, severity) ({alerts})"
     for alert, (dashboard, panel) in PANELS_OF_ALERTS.items():
         for label, value in (("dashboard", dashboard), ("panel", panel)):
             labelled = f'label_replace({labelled}, "{label}", "{value}", "alertname", "{alert}")'
