@@ -50,8 +50,9 @@ def guard(optimizer: Optimizer, hooks: StepHooks, kernel: KernelStep | None) -> 
     reference = weakref.ref(optimizer)
 
     def guarded(optimizer: Optimizer, *args: Any, **kwargs: Any) -> Any:
-        if not hooks.enter_guard():  # a step inside this one
+        if hooks.in_guard:  # a step inside this one
             return _call(optimizer, shadowed, args, kwargs)
+        hooks.in_guard = 1
         try:
             return take(optimizer, args, kwargs)
         except StepLeftOut as left:
@@ -61,7 +62,7 @@ def guard(optimizer: Optimizer, hooks: StepHooks, kernel: KernelStep | None) -> 
             hooks.broken_off(optimizer)
             raise
         finally:
-            hooks.leave_guard()
+            hooks.in_guard = 0
 
     @functools.wraps(shadowed or type(optimizer).step)
     def step(*args: Any, **kwargs: Any) -> Any:

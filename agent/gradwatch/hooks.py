@@ -20,7 +20,7 @@ from gradwatch.fallback import clip_plainly
 from gradwatch.frames import is_within_a_step, leave_to_python, only_makes_state
 from gradwatch.leaving_out import Rewind, StepLeftOut, may_be_left_out
 from gradwatch.recorder import FLAGS
-from gradwatch.scaling import Carrier, LossScale
+from gradwatch.scaling import NO_SCALER, Carrier, LossScale
 from gradwatch.step_log import StepLog
 from gradwatch.treatment import OnNonFinite, OpenStep, Treatment
 
@@ -66,7 +66,10 @@ class StepHooks:
         self.scaler: ScalerWatch | None = None  # where the loop's scaler is known
         self.step = 0  # number of the coming step
         self.loss: Tensor | float | None = None  # of the coming step
-        self._carrier = Carrier(optimizer, fold=fold)
+        may_leave_out = may_be_left_out(optimizer)
+        self._carrier = Carrier(
+            optimizer, fold=fold, leaves_out=lambda: may_leave_out and self.in_guard > 0
+        )
         self._treat = Treatment(parts, self._carrier, notices, on_nonfinite=on_nonfinite)
         self._log = StepLog(self._treat, report)
         self._deferred = Deferred(parts[0], self._carrier, self._treat)
@@ -78,10 +81,10 @@ class StepHooks:
         self._nested = 0  # steps under way that are not to be looked at: super().step() inside one
         self._untaught: deque[OpenStep] = deque()  # deferred steps that are on record
         self._may_defer = False  # the gradients are on a device; seen at the first step
-        self._guarded = False  # `step()` was called through the guard, and is under way
-        self._entered = False  # and `before` has been called since
+        # Of the call of `step()` through the guard: 0 none is under way, 1 one is, 2 `before` has
+        # been called in it. The guard sets it.
+        self.in_guard = 0
         self._given_scaler: Any = None  # what `step(grad_scaler=…)` was called with
-        self._may_leave_out = may_be_left_out(optimizer)
         self.left_out = 0  # steps that were left out; never reset
         self._rewind = Rewind(optimizer, report)
         self._has_closure = False  # the step under way has one
@@ -93,15 +96,16 @@ class StepHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before `step()`. With a closure the gradient is made inside it: look there."""
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if self._entered or (self._open is not None and is_within_a_step(optimizer)):
+        if self.in_guard == 2 or (self._open is not None and is_within_a_step(optimizer)):
             self._nested += 1
             return None
         if closure is not None and hasattr(closure, _WATCHED):
             self._nested += 1
             return None
         self._nested = 0
-        self._entered = self._guarded
-        self._given_scaler = kwargs.get("grad_scaler")
+        if self.in_guard:
+            self.in_guard = 2
+        self._given_scaler = kwargs.get("grad_scaler") if kwargs else None
         if closure is None and "closure" in kwargs and only_makes_state():
             self._nested += 1
             return None
@@ -127,19 +131,6 @@ class StepHooks:
             if step is not None:
                 self.step = step.number + 1
             self._failed(error, lost=step is not None and not step.recorded)
-
-    def enter_guard(self) -> bool:
-        """`step()` is called through the guard around it; False where that is so already."""
-        if self._guarded:
-            return False
-        self._guarded, self._entered = True, False
-        self._carrier.leaves_out = self._may_leave_out
-        return True
-
-    def leave_guard(self) -> None:
-        """That call is over, however it ended."""
-        self._guarded = self._entered = self._carrier.leaves_out = False
-        self._given_scaler = None
 
     def after_left_out(self, optimizer: Optimizer) -> None:
         """Instead of `after`, where the optimizer's `step()` was not called, or left at once."""
@@ -274,7 +265,7 @@ class StepHooks:
     def _watch(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """The closure, with a look and a clip after its backward pass."""
         evaluated = False
-        may_skip = self._treat.may_skip and self._guarded
+        may_skip = self._treat.may_skip and self.in_guard > 0
         if may_skip:
             self._has_closure = True
             self._rewind.begin(optimizer)
@@ -366,7 +357,7 @@ class StepHooks:
     def _treat_from_here(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> None:
         """Measure and clip; what a GradScaler found to overflow is left out."""
         amp = self._loss_scale(optimizer)
-        if not math.isnan(amp.scale):
+        if amp is not NO_SCALER and not math.isnan(amp.scale):
             step.loss_scale = amp.scale
         elif self.scaler is not None:
             step.loss_scale = self.scaler.scale()

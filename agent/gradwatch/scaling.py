@@ -18,12 +18,20 @@ from gradwatch.records import Clamp, Decision, Keep, Measurement, Scale, ScaleEa
 from gradwatch.shards import full, local
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
 
-__all__ = ["CLIP_EPSILON", "DIVISOR_LIMIT", "Carrier", "LossScale", "is_fused", "reads_grad_scale"]
+__all__ = [
+    "CLIP_EPSILON",
+    "DIVISOR_LIMIT",
+    "NO_SCALER",
+    "Carrier",
+    "LossScale",
+    "is_fused",
+    "reads_grad_scale",
+]
 
 CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
 DIVISOR_LIMIT = 1e37  # a greater divisor does not fit the kernel's float32
@@ -46,7 +54,7 @@ class LossScale(NamedTuple):
     own: bool = False
 
 
-_NO_SCALER = LossScale(1.0, suppressed=False)
+NO_SCALER = LossScale(1.0, suppressed=False)
 
 
 def reads_grad_scale(optimizer: Optimizer) -> bool:
@@ -60,7 +68,9 @@ def reads_grad_scale(optimizer: Optimizer) -> bool:
 class Carrier:
     """Carries decisions out on one optimizer, and puts back what it set for the step."""
 
-    def __init__(self, optimizer: Optimizer, *, fold: bool) -> None:
+    def __init__(
+        self, optimizer: Optimizer, *, fold: bool, leaves_out: Callable[[], bool] = lambda: False
+    ) -> None:
         self.folds = fold and reads_grad_scale(optimizer)
         self._exact = not fold
         self._divisor: Tensor | None = None
@@ -69,16 +79,15 @@ class Carrier:
         self._before: dict[str, Any] = {}
         self._in_force: Tensor | None = None  # the grad_scale of the step under way
         self._hidden: list[tuple[Tensor, Tensor]] = []
-        # Whether the optimizer's `step()` is not called where a step is to be skipped: the guard
-        # around it says so for each step that goes through it.
-        self.leaves_out = False
+        # Whether the optimizer's `step()` is not called where the step under way is to be skipped.
+        self._leaves_out = leaves_out
         self.left_out = False  # the step under way is to be left out
 
     def loss_scale(self, optimizer: Optimizer) -> LossScale:
         """Read what a GradScaler set for this step."""
         attributes = optimizer.__dict__
         if "grad_scale" not in attributes and "found_inf" not in attributes:
-            return _NO_SCALER
+            return NO_SCALER
         scale = self._in_force = attributes.get("grad_scale")
         found_inf = attributes.get("found_inf")
         in_memory = 1.0 if scale is None else float(scale)
@@ -135,7 +144,7 @@ class Carrier:
         first step too (a kernel told to skip through `found_inf` leaves fused SGD's first momentum
         buffer uninitialised).
         """
-        if self.leaves_out:
+        if self._leaves_out():
             self.left_out = True
             return
         self._hidden.extend(zip(params, grads, strict=True))
