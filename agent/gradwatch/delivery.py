@@ -175,7 +175,10 @@ class Delivery:
         worked = False
         is_store = outlet is channel.store
         failed = channel.failed_untold() if is_store else 0
-        while not outlet.reached(channel.ring.heads) or failed or (is_store and channel.findings):
+        # What is recorded from here on waits for the next look: a fast job never lets up, and its
+        # other sink and the other runs have their turn too.
+        target = channel.ring.heads
+        while not outlet.reached(target) or failed or (is_store and channel.findings):
             batch = self._batch(channel, outlet, failed)
             try:
                 outlet.sink.write(outlet.run, batch)

@@ -224,12 +224,14 @@ class Ring:
         head = self._step_head[0]
         first = max(cursor, head - self.step_capacity)
         last = head if limit is None else min(head, first + limit)
-        index = np.arange(first, last, dtype=np.int64)
-        rows = self.steps[index % self.step_capacity]
-        expected = (index + 1).astype(np.uint64)
+        at, count = first % self.step_capacity, last - first
+        rows = self.steps[at : at + count]
+        # A copy, however it lies: the training thread may come round and overwrite it.
+        rows = np.concatenate([rows, self.steps[: count - len(rows)]])
+        expected = np.arange(first + 1, last + 1, dtype=np.uint64)
         good = (rows["seq"] == expected) & (rows["seq_end"] == expected)
-        torn = int(len(rows) - np.count_nonzero(good))
-        return Steps(rows[good], last, first - cursor, torn)
+        torn = count - int(np.count_nonzero(good))
+        return Steps(rows[good] if torn else rows, last, first - cursor, torn)
 
     def read_events(self, cursor: int) -> Messages:
         """The messages after `cursor`; one of which any part is gone or torn is left out."""

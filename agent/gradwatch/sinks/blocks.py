@@ -1,8 +1,10 @@
 """Rows of `step_summaries`, made from `step_records` in the transaction that completes a block.
 
 A block is read back from the table, so its row says what is stored, whoever stored it and however
-often: made again, it is the same. Only one that came in whole, with a batch that was new to its
-last record, need not be read.
+often: made again, it is the same. Only one that came in whole, with batches that were new to their
+last record, need not be read: the sink keeps the `tail` of a fast job's batch, the records of the
+block that the batch has begun, and puts it before the next batch. (To read a row, the driver gives
+the interpreter lock back and waits for it again, a thousand times a block.)
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import sqlalchemy as sa
 
 from gradwatch.recorder import FLAGS
 from gradwatch.schema import step_records, step_summaries
-from gradwatch.sinks.rows import insert_statement
+from gradwatch.sinks import bulk
 from gradwatch.summaries import BLOCK, INPUTS, completed, summarise
 
 if TYPE_CHECKING:
@@ -24,9 +26,17 @@ if TYPE_CHECKING:
     from gradwatch.records import Batch, RunInfo
     from gradwatch.sinks.rows import Stored
 
-__all__ = ["completed_by", "fill", "records_of", "rows_of", "store"]
+__all__ = ["completed_by", "fill", "records_of", "rows_of", "store", "tail"]
+
+Records = np.ndarray[Any, np.dtype[np.void]]
 
 _TOGETHER = 20  # blocks a query
+_FAST = 200  # steps a batch, from which on the tail is kept; a slower job's block is read back
+_REPLACE = "(run_id, attempt, block) DO UPDATE SET " + ", ".join(
+    f"{column.name} = excluded.{column.name}"
+    for column in step_summaries.columns
+    if not column.primary_key
+)
 _FLAGS = {
     "clipped": FLAGS.CLIPPED,
     "nonfinite": FLAGS.NONFINITE,
@@ -46,7 +56,7 @@ def store(
     connection: sa.Connection,
     stored: Stored,
     blocks: Sequence[int],
-    batch: np.ndarray[Any, np.dtype[np.void]] | None = None,
+    batch: Records | None = None,
     until: int = 2**63 - 1,
 ) -> None:
     """Make the rows of these blocks, or make them again; of the steps before `until`.
@@ -61,17 +71,23 @@ def store(
         for start, stop in _in_a_row(others)
         for row in rows_of(records_of(connection, stored, start * BLOCK, min(stop * BLOCK, until)))
     )
-    rows = [
-        tuple({**own, **row}[column.name] for column in step_summaries.columns)
+    values = [
+        {**own, **row}[column.name]
         for row in itertools.chain(at_hand, read_back)
+        for column in step_summaries.columns
     ]
-    if rows:
-        connection.exec_driver_sql(_upsert(connection), rows)
+    bulk.insert(connection, step_summaries, values, _REPLACE)
 
 
-def _whole(
-    blocks: Sequence[int], batch: np.ndarray[Any, np.dtype[np.void]]
-) -> Iterator[dict[str, Any]]:
+def tail(records: Records) -> Records | None:
+    """What `store` needs of these records beside the batch that comes next; None: nothing."""
+    if len(records) < _FAST:
+        return None
+    start = int(records["step"][-1]) // BLOCK * BLOCK
+    return records[int(np.searchsorted(records["step"], start)) :].copy()
+
+
+def _whole(blocks: Sequence[int], batch: Records) -> Iterator[dict[str, Any]]:
     """The rows of those blocks that are in the batch from their first step to their last."""
     for block in blocks:
         start = int(np.searchsorted(batch["step"], block * BLOCK))
@@ -80,7 +96,7 @@ def _whole(
             yield {"block": block, **summarise(_as_stored(records))}
 
 
-def _as_stored(records: np.ndarray[Any, np.dtype[np.void]]) -> dict[str, Any]:
+def _as_stored(records: Records) -> dict[str, Any]:
     """Records of the ring as `records_of` reads them back."""
     columns: dict[str, Any] = {name: (records["flags"] & bit) != 0 for name, bit in _FLAGS.items()}
     for name in INPUTS:
@@ -148,11 +164,3 @@ def records_of(
     steps, *others = zip(*found, strict=True) if found else [()] * len(INPUTS)
     columns = (np.array(column, np.float64) for column in others)
     return {"step": np.array(steps, np.int64), **dict(zip(INPUTS[1:], columns, strict=True))}
-
-
-def _upsert(connection: sa.Connection) -> str:
-    news = [c.name for c in step_summaries.columns if not c.primary_key]
-    insert = insert_statement(connection, step_summaries).removesuffix("DO NOTHING")
-    return f"{insert}(run_id, attempt, block) DO UPDATE SET " + ", ".join(
-        f"{name} = excluded.{name}" for name in news
-    )

@@ -12,6 +12,7 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, NoReturn
 
+import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -60,6 +61,7 @@ class DatabaseSink:
         self._stored: dict[str, rows.Stored] = {}  # by ring
         self._file: tuple[int, ...] | None = None  # which file the connection is to, as we left it
         self._cursors: dict[str, tuple[int, int]] = {}  # by ring: what the store said or was told
+        self._tails: dict[str, blocks.Records | None] = {}  # by ring: see `blocks.tail`
         self._days: set[int] = set()  # partitions that are there
         self._overtaken: set[str] = set()  # rings whose run another process records as well
         self._forgotten = f"the store {redact(url)} was deleted or emptied; the run is stored anew"
@@ -97,18 +99,23 @@ class DatabaseSink:
             self._make_days(batch)
             small = not complete and postgres.is_small(run, batch)
             if small and self._write_small(run, batch):
+                self._tails.pop(run.ring, None)
                 return
+        tail = self._tails.pop(run.ring, None)
         with self._transaction() as connection:
             self._move_cursor(connection, run.ring, batch)
             insert = postgres.copy_steps if self._path is None else rows.insert_steps
             all_new = insert(connection, stored, batch.steps) == len(batch.steps)
-            blocks.store(connection, stored, complete, batch.steps if all_new else None)
+            at_hand = batch.steps if tail is None else np.concatenate([tail, batch.steps])
+            blocks.store(connection, stored, complete, at_hand if all_new else None)
             rows.insert_events(connection, stored, batch.events)
             rows.insert_layers(connection, stored, batch.layers)
             for finding in batch.findings:
                 rows.upsert_finding(connection, stored, finding, self._clock())
             if not run.recovered:
                 self._beat(connection, stored)
+        if all_new:
+            self._tails[run.ring] = blocks.tail(at_hand)
 
     def heartbeat(self, run: RunInfo) -> None:
         """Say that the run is alive."""
@@ -136,6 +143,7 @@ class DatabaseSink:
             logger.warning("gradwatch: run %s: %s", run.name, hidden)
         del self._stored[run.ring]
         self._cursors.pop(run.ring, None)
+        self._tails.pop(run.ring, None)
         if not self._stored:
             self._checkpoint(final=True)
             self.dispose()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,6 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from gradwatch import schema
 from gradwatch.recorder import FLAGS
+from gradwatch.sinks import bulk
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,6 +33,9 @@ __all__ = [
 
 _NUMBERS = ("loss", "lr", "pre_norm", "post_norm", "threshold", "loss_scale")
 _BITS = (FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED)
+_EVENT_COLUMNS = (
+    "run_id", "attempt", "step", "time", "rank", "kind", "severity", "message", "data",
+)  # fmt: skip
 OWN_EVENTS = frozenset({"nonfinite_loss", "loss_spike", "records_dropped"})
 
 
@@ -45,32 +51,37 @@ def insert_steps(
     connection: sa.Connection, stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]
 ) -> int:
     """Store step records; how many of them were not there."""
-    if not len(steps) or stored.rank != 0:
+    if stored.rank != 0:
         return 0
-    statement = insert_statement(connection, schema.step_records)
-    return connection.exec_driver_sql(statement, _step_rows(stored, steps)).rowcount
+    # As many at a time as one statement stores: the interpreter lock is held for a short time only.
+    return sum(
+        bulk.insert(
+            connection, schema.step_records, _step_values(stored, steps[start : start + bulk.ROWS])
+        )
+        for start in range(0, len(steps), bulk.ROWS)
+    )
 
 
 def insert_events(connection: sa.Connection, stored: Stored, events: Sequence[Event]) -> None:
     """Store events; of another rank than 0 only those that are its own, not the gradient's."""
     if stored.rank != 0:
         events = [event for event in events if event.kind in OWN_EVENTS]
-    rows = [
-        {
-            "run_id": stored.run_id,
-            "attempt": stored.attempt,
-            "step": event.step,
-            "time": event.time,
-            "rank": event.rank,
-            "kind": event.kind,
-            "severity": event.severity,
-            "message": event.message,
-            "data": dict(event.data),
-        }
+    values = [
+        value
         for event in events
+        for value in (
+            stored.run_id,
+            stored.attempt,
+            event.step,
+            event.time,
+            event.rank,
+            event.kind,
+            event.severity,
+            event.message,
+            strict_json(event.data),
+        )
     ]
-    if rows:
-        connection.execute(sa.insert(schema.events), rows)
+    bulk.insert(connection, schema.events, values, columns=_EVENT_COLUMNS)
     for event in events:
         if event.kind == "threshold_changed":
             _settle(connection, stored, event)
@@ -97,7 +108,7 @@ def insert_layers(connection: sa.Connection, stored: Stored, samples: Sequence[L
     """Store samples of the layer norms."""
     if stored.rank != 0:
         return
-    rows = [
+    found = [
         (stored.run_id, stored.attempt, sample.step, name, _finite(grad), _finite(weight))
         for sample in samples
         for name, grad, weight in zip(
@@ -105,8 +116,7 @@ def insert_layers(connection: sa.Connection, stored: Stored, samples: Sequence[L
         )
         if grad == grad or weight == weight  # noqa: PLR0124 - absent altogether where both are NaN
     ]
-    if rows:
-        connection.exec_driver_sql(insert_statement(connection, schema.layer_norms), rows)
+    bulk.insert(connection, schema.layer_norms, [*itertools.chain.from_iterable(found)])
 
 
 def upsert_finding(connection: sa.Connection, stored: Stored, finding: Finding, now: float) -> None:
@@ -136,24 +146,22 @@ def strict_json(value: Any) -> str:
     return json.dumps(_plain(value), default=str, allow_nan=False)
 
 
-def _step_rows(stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]) -> list[tuple[Any, ...]]:
-    """Plain tuples for SQLite's driver, which stores NaN as NULL.
+def _step_values(stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]) -> list[Any]:
+    """The records as rows, one after the other, for SQLite's driver, which stores NaN as NULL.
 
     Only int, float and str: for anything else, None and bool too, it asks an adapter, which takes
     twice as long as storing the row.
     """
-    count = len(steps)
-    columns: list[Sequence[Any]] = [
-        [stored.run_id] * count,
-        [stored.attempt] * count,
-        steps["step"].tolist(),
-        np.where(np.isfinite(steps["time"]), steps["time"], 0.0).tolist(),  # of a damaged file
-    ]
-    for name in _NUMBERS:
+    table = np.empty((len(steps), len(schema.step_records.columns)), object)
+    table[:, 0], table[:, 1] = stored.run_id, stored.attempt
+    table[:, 2] = steps["step"]
+    table[:, 3] = np.where(np.isfinite(steps["time"]), steps["time"], 0.0)  # of a damaged file
+    for column, name in enumerate(_NUMBERS, start=4):
         values = steps[name]
-        columns.append(np.where(np.isinf(values), np.nan, values).tolist())
-    columns.extend(((steps["flags"] & bit) != 0).astype(int).tolist() for bit in _BITS)
-    return list(zip(*columns, strict=True))
+        table[:, column] = np.where(np.isinf(values), np.nan, values)
+    for column, bit in enumerate(_BITS, start=4 + len(_NUMBERS)):
+        table[:, column] = (steps["flags"] & bit != 0).astype(np.int64)
+    return table.ravel().tolist()
 
 
 def insert_statement(connection: sa.Connection, table: sa.Table) -> str:
@@ -180,7 +188,7 @@ def _finite(value: float) -> float | None:
 def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return _finite(value)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
