@@ -31,6 +31,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/long_run.py
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/fast_loop.py
 
 # The peers bring many packages along: they get an environment of their own.
 bench-peers: .venv-peers/.installed
