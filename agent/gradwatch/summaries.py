@@ -27,6 +27,7 @@ __all__ = [
     "INPUTS",
     "Distribution",
     "Histograms",
+    "are_histograms",
     "bursts",
     "completed",
     "decode",
@@ -46,7 +47,11 @@ _BINS = 64  # to a factor of e
 _OFFSET, _BITS = 1 << 16, 15
 _LARGEST = float(np.finfo(np.float64).max)
 
+# Those of the least and of the greatest number above 0.
+_FIRST_BIN, _LAST_BIN = (math.floor(math.log(value) * _BINS) for value in (5e-324, _LARGEST))
+
 Floats = np.ndarray[Any, np.dtype[np.float64]]
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 Integers = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
 
 # The columns of `step_records` that a summary is made of.
@@ -139,6 +144,26 @@ def decode(blobs: Sequence[bytes]) -> Histograms:
     weights = (packed & ((1 << _BITS) - 1)).astype(np.int32)
     counts = [len(blob) // 4 - 1 for blob in blobs]
     return Histograms(bins, weights, np.repeat(np.arange(len(blobs), dtype=np.int32), counts))
+
+
+def are_histograms(blobs: Sequence[Any], counts: Integers | None = None) -> Flags:
+    """Which of these are what `encode` wrote; with `counts`, of so many norms each."""
+    good = np.array([_is_framed(blob) for blob in blobs], np.bool_)
+    framed = [blob if fine else encode(np.empty(0)) for blob, fine in zip(blobs, good, strict=True)]
+    bins, weights, block = decode(framed)
+    wrong = (bins < _FIRST_BIN) | (bins > _LAST_BIN) | (weights == 0)
+    wrong[1:] |= (np.diff(bins) <= 0) & (np.diff(block) == 0)
+    good[block[wrong]] = False
+    if counts is not None:
+        good &= np.bincount(block, weights, minlength=len(blobs)).astype(np.int64) == counts
+    return good
+
+
+def _is_framed(blob: Any) -> bool:
+    """Whether it is as long as a histogram may be, and of this version."""
+    return (
+        isinstance(blob, bytes) and len(blob) % 4 == 0 and blob[:4] == VERSION.to_bytes(4, "little")
+    )
 
 
 def merge(histograms: Histograms) -> tuple[Floats, Integers]:

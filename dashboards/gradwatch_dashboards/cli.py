@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import shlex
 import sys
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from gradwatch._version import __version__
 from gradwatch.errors import ConfigurationError, GradwatchError
@@ -17,7 +19,7 @@ from gradwatch_dashboards import (
     service_verbs,
     store_verbs,
 )
-from gradwatch_dashboards.terminal import NOT_FOUND, USAGE, err, out
+from gradwatch_dashboards.terminal import NOT_FOUND, USAGE, err, escape, out
 
 __all__ = ["app", "main"]
 
@@ -31,10 +33,18 @@ app = typer.Typer(
 )
 
 
+_debug = False  # until `--debug` is read
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         out.print(__version__)
         raise typer.Exit
+
+
+def _set_debug(wanted: bool) -> None:
+    global _debug  # noqa: PLW0603 - an option of the process, read where its errors end
+    _debug = wanted
 
 
 @app.callback()
@@ -42,6 +52,14 @@ def _options(
     version: Annotated[
         bool,
         typer.Option("--version", help="Print the version.", is_eager=True, callback=_version),
+    ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option(
+            "--debug",
+            help="Show the traceback of an error: what a report of a fault in gradwatch needs.",
+            callback=_set_debug,
+        ),
     ] = False,
 ) -> None:
     """Take the options that come before a verb."""
@@ -66,15 +84,36 @@ app.add_typer(grafana_verbs.app, name="grafana")
 
 
 def main() -> None:
-    """Run the command line; errors of gradwatch become one line and an exit status."""
+    """Run the command line; an error becomes one line and an exit status, whatever it is."""
+    for stream in (sys.stdout, sys.stderr):
+        # A name in the store may hold what the terminal's encoding does not have.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    _set_debug(False)
     try:
         app()
-    except ConfigurationError as error:
-        err.print(f"gradwatch: {escape(str(error))}")
-        sys.exit(USAGE)
-    except GradwatchError as error:
-        err.print(f"gradwatch: {escape(str(error))}")
-        sys.exit(NOT_FOUND)
     except BrokenPipeError:  # `gradwatch runs | head`
         sys.stderr.close()
         sys.exit(0)
+    except Exception as error:
+        if _debug:
+            raise
+        _tell(error)
+        sys.exit(USAGE if isinstance(error, ConfigurationError) else NOT_FOUND)
+
+
+def _tell(error: Exception) -> None:
+    """One line: what gradwatch says itself, what the system says, or that there is a fault."""
+    if isinstance(error, GradwatchError):
+        told = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f": {error.filename}"
+        told = f"{error.strerror}{place}"
+    else:
+        again = shlex.join(["gradwatch", "--debug", *sys.argv[1:]])
+        told = (
+            f"this is a fault of gradwatch itself ({type(error).__name__}: {error}). Please report "
+            f"it with what this prints: {again}"
+        )
+    with contextlib.suppress(OSError):  # there may be nobody to tell
+        err.print(f"gradwatch: {escape(told)}")

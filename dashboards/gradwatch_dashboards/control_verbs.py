@@ -7,7 +7,6 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from gradwatch.errors import ConfigurationError, NotControllableError
 from gradwatch_dashboards.terminal import (
@@ -16,6 +15,7 @@ from gradwatch_dashboards.terminal import (
     RunArgument,
     StoreOption,
     err,
+    escape,
     number,
     open_store,
     out,

@@ -133,7 +133,8 @@ def _exporters(url: str) -> Iterator[Check]:
             runs = store.runs(status="running")
     except GradwatchError:  # told above
         return
-    here = [run for run in runs if run.host == host() and run.is_live() and is_alive(run.pid)]
+    mine = [run for run in runs if run.host == host() and run.is_live()]
+    here = [run for run in mine if run.pid is not None and is_alive(run.pid)]
     for metrics_url, run in {run.metrics_url: run for run in here}.items():
         if metrics_url is None:
             continue

@@ -7,10 +7,9 @@ from pathlib import Path  # noqa: TC003 - typer reads the annotation
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from gradwatch.errors import ConfigurationError
-from gradwatch_dashboards.terminal import JsonOption, need, out, print_json
+from gradwatch_dashboards.terminal import JsonOption, escape, need, out, print_json
 
 __all__ = ["app"]
 

@@ -8,20 +8,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
+from gradwatch.cells import UNKNOWN
+from gradwatch.errors import StoreError
 from gradwatch_dashboards.terminal import (
     NOT_FOUND,
     JsonOption,
     RunArgument,
     StoreOption,
+    err,
+    escape,
     need,
     number,
     open_store,
     out,
     print_json,
     progress,
+    when,
 )
 
 if TYPE_CHECKING:
@@ -52,8 +56,9 @@ def runs(
     for row in rows:
         clip = str(row["settings"].get("clip", ""))
         last = row["last_time"]
-        cells = (row["id"], row["name"], row["status"], f"{row['steps']:,}",
-                 "–" if last is None else _when(last), _when(row["started_at"]), row["host"],
+        steps = UNKNOWN if row["steps"] is None else f"{row['steps']:,}"
+        cells = (row["id"], row["name"], row["status"], steps,
+                 UNKNOWN if last is None else when(last), when(row["started_at"]), row["host"],
                  clip)  # fmt: skip
         table.add_row(*(escape(str(cell)) for cell in cells))
     out.print(table)
@@ -131,8 +136,8 @@ def _show(
         steps += f", of which {summary.steps:,} are in the store, and counted here"
     for label, value in (
         ("status", _status_in_full(found, status)),
-        ("started", _when(found.started_at)),
-        ("host", f"{found.host}, process {found.pid}"),
+        ("started", when(found.started_at)),
+        ("host", f"{found.host}, process {UNKNOWN if found.pid is None else found.pid}"),
         ("optimizer", found.settings.get("optimizer", "")),
         ("clip", found.settings.get("clip", "")),
         ("tags", ", ".join(f"{key}={value}" for key, value in found.tags.items()) or "–"),
@@ -210,15 +215,20 @@ def _run_dict(store: Store, run: Run) -> dict[str, Any]:
 
 def _status_in_full(run: Run, status: str) -> str:
     if status != "silent":
-        return status if run.ended_at is None else f"{status}, {_when(run.ended_at)}"
+        return status if run.ended_at is None else f"{status}, {when(run.ended_at)}"
     return (
-        f"silent since {_when(run.heartbeat_at)}: if it was killed, `gradwatch recover` on "
+        f"silent since {when(run.heartbeat_at)}: if it was killed, `gradwatch recover` on "
         f"{run.host} stores what it left"
     )
 
 
 def _with_last_step(store: Store, run: Run) -> dict[str, Any]:
-    last = store.last_taken(run.id)
+    """The run with how far it has come; unknown where its steps cannot be read, and the others shown."""
+    try:
+        last = store.last_taken(run.id)
+    except StoreError as error:
+        err.print(f"gradwatch: {escape(run.name)}: {escape(str(error))}")
+        return {**_run_dict(store, run), "steps": None, "last_time": None}
     return {
         **_run_dict(store, run),
         "steps": 0 if last is None else last.step + 1,
@@ -230,9 +240,5 @@ def _age(taken: float, run: Run) -> str:
     """When a step was taken; of a run that has not ended, also how long ago that is."""
     ago = time.time() - taken
     if run.ended_at is not None or ago < 0:
-        return _when(taken)
-    return f"{_when(taken)}, {ago:,.0f} seconds ago"
-
-
-def _when(seconds: float) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+        return when(taken)
+    return f"{when(taken)}, {ago:,.0f} seconds ago"

@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup
 
 from gradwatch import __version__
+from gradwatch.cells import UNKNOWN
 from gradwatch.config import redact
 from gradwatch.errors import ConfigurationError
 from gradwatch_dashboards.terminal import number
@@ -174,16 +175,15 @@ def _identity(store: Store, run: Run, summary: Summary) -> dict[str, str]:
     """Who the run is and how it was set up, without secrets."""
     settings = run.settings
     ended = run.ended_at or summary.last_time
-    lasted = dt.timedelta(seconds=round(max(0.0, (ended or 0.0) - run.started_at)))
     shown: dict[str, Any] = {
         "run": f"{run.id} ({run.uid})",
         "job": run.job,
         "store": store.name,
-        "host": f"{run.host}, process {run.pid}",
+        "host": f"{run.host}, process {UNKNOWN if run.pid is None else run.pid}",
         "processes": run.world_size,
         "started": _when(run.started_at),
         "ended": _when(run.ended_at) if run.ended_at else None,
-        "lasted": lasted if ended else None,
+        "lasted": _lasted(run.started_at, ended) if ended else None,
         "last step": _when(summary.last_time) if summary.last_time is not None else None,
         "optimizer": settings.get("optimizer"),
         "clip": settings.get("clip"),
@@ -210,6 +210,16 @@ def _told(name: str, value: object) -> object:
     return _OPTION.sub(r"\1***", value) if isinstance(value, str) else value
 
 
+def _lasted(start: float, end: float) -> str:
+    try:
+        return str(dt.timedelta(seconds=round(max(0.0, end - start))))
+    except (ValueError, OverflowError):
+        return UNKNOWN
+
+
 def _when(seconds: float) -> str:
-    moment = dt.datetime.fromtimestamp(seconds, dt.UTC)
+    try:
+        moment = dt.datetime.fromtimestamp(seconds, dt.UTC)
+    except (ValueError, OverflowError, OSError):
+        return UNKNOWN
     return f"{moment:%Y-%m-%d %H:%M:%S} UTC"

@@ -7,7 +7,6 @@ from pathlib import Path  # noqa: TC003 - typer reads the annotation
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from gradwatch.errors import ConfigurationError
@@ -16,6 +15,7 @@ from gradwatch_dashboards.terminal import (
     JsonOption,
     StoreOption,
     err,
+    escape,
     need,
     out,
     permit,

@@ -6,12 +6,12 @@ import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 
 from gradwatch_dashboards.terminal import (
     NOT_FOUND,
     JsonOption,
     StoreOption,
+    escape,
     need,
     out,
     print_json,

@@ -7,12 +7,16 @@ import getpass
 import json
 import math
 import os
+import re
 import socket
+import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import markup
 from rich.console import Console
 
+from gradwatch.cells import UNKNOWN
 from gradwatch.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -27,6 +31,7 @@ __all__ = [
     "RunArgument",
     "StoreOption",
     "err",
+    "escape",
     "need",
     "number",
     "open_store",
@@ -36,6 +41,7 @@ __all__ = [
     "progress",
     "store_url",
     "user",
+    "when",
 ]
 
 NOT_FOUND = 1  # also: there is a finding
@@ -76,7 +82,11 @@ def open_store(store: str | None) -> Iterator[Store]:
     from gradwatch_monitor.store import Store  # noqa: PLC0415
 
     with Store(store_url(store)) as opened:
-        yield opened
+        try:
+            yield opened
+        finally:
+            if opened.malformed:
+                err.print(f"gradwatch: {escape(opened.malformed.sentence)}")
 
 
 def need(*modules: str, extra: str, verb: str) -> None:
@@ -120,9 +130,24 @@ def user() -> str:
     return f"{name}@{socket.gethostname()}"
 
 
+def escape(text: str) -> str:
+    """Text as text: nothing in it is markup, and no character of it commands a terminal."""
+    return markup.escape(
+        re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\N{REPLACEMENT CHARACTER}", text)
+    )
+
+
 def number(value: float | None) -> str:
     """Four digits, or a dash."""
-    return "–" if value is None else f"{value:.4g}"
+    return "–" if value is None or math.isnan(value) else f"{value:.4g}"
+
+
+def when(seconds: float) -> str:
+    """A moment in local time; "unknown" where there is none, or none that a calendar has."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return UNKNOWN
 
 
 def print_json(value: Any) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gradwatch.cells import UNKNOWN
 from gradwatch.errors import ConfigurationError, NotControllableError
 from gradwatch.policies import ClipNorm, Policy, TargetRatio, build
 from gradwatch.summaries import Distribution, merge
@@ -207,15 +208,16 @@ def applied(store: Store, run_id: int) -> list[Applied]:
             change=event.data["change"],
             step=event.step,
             time=event.time,
-            by=event.data["requested_by"],
-            reason=event.data["reason"],
-            old=event.data["from"],
-            new=event.data["to"],
+            by=event.data.get("requested_by", UNKNOWN),
+            reason=event.data.get("reason"),
+            old=event.data.get("from"),
+            new=event.data.get("to"),
             before=event.data.get("before"),
             after=event.data["policy"],
-            clip=event.data["clip"],
+            clip=event.data.get("clip", UNKNOWN),
         )
         for event in reversed(events)
+        if "change" in event.data and "policy" in event.data
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sqlite3
 import urllib.parse
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 import sqlalchemy as sa
 
-from gradwatch import rings, schema
+from gradwatch import cells, rings, schema
 from gradwatch.config import DEFAULT_STORE, redact, resolve_store, sqlite_path
 from gradwatch.errors import StoreError, StoreNotFoundError
 from gradwatch.secrets import scrub
@@ -49,7 +48,12 @@ class Database:
             if path.is_dir():
                 msg = f"{self.name} is a folder; name the store's file in it, as in gradwatch.db"
                 raise StoreError(msg)
+            with telling(self._url, "cannot read the store"):
+                sqlite.check_kind(path)  # before it is opened
             self._engine = _sqlite_reader(path)
+        # What was met that cannot be right; whoever shows what was read tells it once.
+        self.malformed = cells.Malformed()
+        self._engine = cells.noting(self._engine, self.malformed)
         try:
             self._check(path)
         except BaseException as error:
@@ -156,11 +160,15 @@ def _sqlite_reader(path: Path) -> sa.Engine:
         connection = sqlite3.connect(
             address, uri=True, timeout=5.0, check_same_thread=False, isolation_level=None
         )
+        connection.text_factory = cells.lenient_text
         connection.execute("PRAGMA query_only=1")
         return connection
 
     engine = sa.create_engine(
-        "sqlite://", creator=connect, poolclass=sa.pool.NullPool, json_deserializer=json.loads
+        "sqlite://",
+        creator=connect,
+        poolclass=sa.pool.NullPool,
+        json_deserializer=cells.lenient_json,
     )
 
     @sa.event.listens_for(engine, "begin")

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
+import re
 import threading
 import time
 import urllib.parse
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -24,13 +23,15 @@ from gradwatch.config import redact, resolve_store
 from gradwatch.errors import ConfigurationError, GradwatchError, StoreNotFoundError
 from gradwatch.recovery import recover
 from gradwatch.sinks.file_sd import TargetFile
+from gradwatch.sinks.scrapers import Server
 from gradwatch.troubles import Troubles
 from gradwatch_monitor.store import Store
 from gradwatch_monitor.watching import Watch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
+    from wsgiref.types import StartResponse, WSGIEnvironment
 
     from gradwatch.recovery import Recovered
     from gradwatch_monitor.rows import Run
@@ -77,12 +78,10 @@ class Service:
         self._failures = 0  # in a row
         self._problem: str | None = None
         try:
-            self._server = _Server((address, port), _Handler)
+            self._server = Server((address, port), _Face(self))
         except OSError as error:
             msg = f"the monitor cannot bind {address}:{port} ({error.strerror}): try --port"
             raise ConfigurationError(msg) from None
-        self._server.daemon_threads = True
-        self._server.service = self  # type: ignore[attr-defined]
         self.url = self._url_at(address)
         self._target: TargetFile | None = None
         if sd_dir is not None:
@@ -113,25 +112,58 @@ class Service:
         self._stop.set()
 
     def round(self) -> None:
-        """One look at the store and at what lies beside it."""
-        try:
-            for ring in recover(self.store):
-                if (ring.path.name, ring.problem) not in self._told:
-                    self._report(ring)
-                if ring.problem is not None:  # it stays, and would be told in every round
-                    self._told.add((ring.path.name, ring.problem))
-            with contextlib.suppress(StoreNotFoundError), Store(self.store) as store:
-                self.watch.look(store)
-        except Exception as error:  # noqa: BLE001 - whatever it is, the next round may succeed
+        """One look at the store and at what lies beside it; what fails in one keeps nobody from the other."""
+        failed: list[Exception] = []
+        for act in (self._recover, self._look):
+            try:
+                act()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the next round may succeed
+                failed.append(error)
+        if failed:
             self._failures += 1
             if self._failures == 1:
                 return  # a store that is being made just now is not one yet
-            known = isinstance(error, GradwatchError)
-            self._problem = str(error) if known else f"{type(error).__name__}: {error}"
+            known = isinstance(failed[0], GradwatchError)
+            self._problem = f"{'' if known else type(failed[0]).__name__ + ': '}{failed[0]}"
             self._troubles.report("round", self._problem)
         else:
             self._failures, self._problem, self._good_at = 0, None, time.monotonic()
             self._troubles.clear("round", f"{redact(self.store)} is well again")
+
+    def _recover(self) -> None:
+        for ring in recover(self.store):
+            if (ring.path.name, ring.problem) not in self._told:
+                self._report(ring)
+            if ring.problem is not None:  # it stays, and would be told in every round
+                self._told.add((ring.path.name, ring.problem))
+
+    def _look(self) -> None:
+        with contextlib.suppress(StoreNotFoundError), Store(self.store) as store:
+            self.watch.look(store)
+            self._tell_malformed(store)
+
+    def _tell_malformed(self, store: Store) -> None:
+        if store.malformed:
+            self.report(store.malformed.sentence, store.malformed.sentence)
+
+    def report(self, fault: str, message: str) -> None:
+        """Say that something is wrong, once."""
+        self._troubles.report(fault, message)
+
+    def targets(self) -> list[dict[str, Any]]:
+        """Where Prometheus finds the exporters of live runs. Raises `StoreError`."""
+        with contextlib.suppress(StoreNotFoundError), Store(self.store) as store:
+            found = targets(store.runs(status="running"), self._tell_unreachable)
+            self._tell_malformed(store)
+            return found
+        return []
+
+    def _tell_unreachable(self, run: Run) -> None:
+        self.report(
+            f"metrics_url of run {run.id}",
+            f"run {run.name!r} (id {run.id}) says that its metrics are at {run.metrics_url!r}, which "
+            "is no address that Prometheus could scrape: /sd leaves it out",
+        )
 
     def health(self) -> tuple[HTTPStatus, dict[str, Any]]:
         """Whether rounds succeed, and why not."""
@@ -143,16 +175,23 @@ class Service:
         return HTTPStatus.SERVICE_UNAVAILABLE, {"status": "failing", "problem": problem, **told}
 
 
-def targets(runs: list[Run]) -> list[dict[str, Any]]:
+def targets(
+    runs: list[Run], unreachable: Callable[[Run], None] = lambda _: None
+) -> list[dict[str, Any]]:
     """What `http_sd_configs` wants: an entry for each exporter of live runs.
 
     Runs of one job share theirs. The labels are for relabelling; Prometheus drops them otherwise.
+    `unreachable` is told of each run whose URL is none that can be scraped: it is left out, since
+    Prometheus takes all entries or none.
     """
     found = {}
     for run in runs:
         if run.metrics_url is None or not run.is_live():
             continue
-        url = urllib.parse.urlsplit(run.metrics_url)
+        url = _scrapable(run.metrics_url)
+        if url is None:
+            unreachable(run)
+            continue
         labels = {
             "__scheme__": url.scheme,
             "__metrics_path__": url.path,
@@ -163,56 +202,64 @@ def targets(runs: list[Run]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-class _Server(ThreadingHTTPServer):
-    """Of the address family that the address is of."""
+def _scrapable(text: str) -> urllib.parse.SplitResult | None:
+    """The URL of an exporter; None of a text that is none."""
+    try:
+        url = urllib.parse.urlsplit(text)
+        port = url.port
+    except ValueError:  # brackets that do not match, a port that is no number
+        return None
+    host = r"[\w.-]+|\[[0-9a-fA-F:.]+(%[\w.-]+)?\]"
+    plain = re.fullmatch(rf"({host})(:\d+)?", url.netloc) is not None
+    good = url.scheme in {"http", "https"} and plain and port != 0 and text.isprintable()
+    return url if good else None
 
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
-        if ":" in address[0]:
-            self.address_family = socket.AF_INET6
-        super().__init__(address, handler)
 
+class _Face:
+    """The monitor's HTTP face, a WSGI application: one of its pages for each GET."""
 
-class _Handler(BaseHTTPRequestHandler):
-    """Answers GET; whoever never asks, or never reads, is let go of."""
+    pages = ("/healthz", "/metrics", "/sd")
 
-    timeout = 10.0
-    server_version = "gradwatch"
-    sys_version = ""
-    pages: ClassVar = ("/healthz", "/metrics", "/sd")
+    def __init__(self, service: Service) -> None:
+        self._service = service
 
-    def do_GET(self) -> None:
-        """One of the pages; a 404 names them."""
-        service: Service = self.server.service  # type: ignore[attr-defined]
-        path = urllib.parse.urlsplit(self.path).path
-        if path == "/healthz":
-            self._answer(*service.health())
-        elif path == "/metrics":
-            self._send(HTTPStatus.OK, service.watch.exposition(), CONTENT_TYPE_LATEST)
-        elif path == "/sd":
-            try:
-                with Store(service.store) as store:
-                    self._answer(HTTPStatus.OK, targets(store.runs(status="running")))
-            except StoreNotFoundError:
-                self._answer(HTTPStatus.OK, [])
-            except GradwatchError as error:  # Prometheus keeps what it had
-                self._answer(HTTPStatus.SERVICE_UNAVAILABLE, {"problem": str(error)})
+    def __call__(self, environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        """Answer a request; what is not GET or HEAD is told so."""
+        method, path = environ["REQUEST_METHOD"], _path(environ.get("PATH_INFO", ""))
+        headers = []
+        if method in {"GET", "HEAD"}:
+            status, kind, body = self._page(path)
         else:
-            self._answer(HTTPStatus.NOT_FOUND, {"pages": self.pages})
+            headers = [("Allow", "GET, HEAD")]
+            status, kind, body = _json(
+                HTTPStatus.METHOD_NOT_ALLOWED, {"problem": "only GET and HEAD are answered"}
+            )
+        headers += [("Content-Type", kind), ("Content-Length", str(len(body)))]
+        start_response(f"{status.value} {status.phrase}", headers)
+        return [b"" if method == "HEAD" else body]
 
-    def handle(self) -> None:
-        """One connection; what it does wrong is not ours to print."""
-        with contextlib.suppress(OSError):
-            super().handle()
+    def _page(self, path: str) -> tuple[HTTPStatus, str, bytes]:
+        """One of the pages; a 404 names them."""
+        try:
+            if path == "/healthz":
+                return _json(*self._service.health())
+            if path == "/metrics":
+                return HTTPStatus.OK, CONTENT_TYPE_LATEST, self._service.watch.exposition()
+            if path == "/sd":
+                return _json(HTTPStatus.OK, self._service.targets())
+        except GradwatchError as error:  # Prometheus keeps what it had
+            return _json(HTTPStatus.SERVICE_UNAVAILABLE, {"problem": str(error)})
+        except Exception as error:  # noqa: BLE001 - whoever asks is answered, whatever it is
+            problem = f"{type(error).__name__}: {error}"
+            self._service.report(path, f"{path} could not be answered ({problem})")
+            return _json(HTTPStatus.INTERNAL_SERVER_ERROR, {"problem": problem})
+        return _json(HTTPStatus.NOT_FOUND, {"pages": self.pages})
 
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
 
-    def _answer(self, status: HTTPStatus, value: Any) -> None:
-        self._send(status, json.dumps(value).encode(), "application/json")
+def _path(asked: str) -> str:
+    """The path of a request's target, which may also be a whole URL (RFC 9112, 3.2.2)."""
+    return re.sub(r"^[A-Za-z][A-Za-z0-9+.-]*://[^/]*", "", asked) or "/"
 
-    def _send(self, status: HTTPStatus, body: bytes, kind: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+
+def _json(status: HTTPStatus, value: Any) -> tuple[HTTPStatus, str, bytes]:
+    return status, "application/json", json.dumps(value).encode()

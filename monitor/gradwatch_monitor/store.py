@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from gradwatch import schema
+from gradwatch.cells import LEAST, MOST, UNKNOWN, Cells, real, text, whole
 from gradwatch.errors import ConfigurationError, NotControllableError, RunNotFoundError
 from gradwatch.policies import ClipNorm
 from gradwatch.sinks.register import followers
@@ -18,7 +19,7 @@ from gradwatch_monitor.rows import Change, Event, Finding, Run, Summary
 from gradwatch_monitor.timeline import RECENT, STEP_COLUMNS
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     import numpy as np
     import pandas as pd
@@ -63,7 +64,8 @@ class Store(Database):
         if status is not None:
             query = query.where(schema.runs.c.status == status)
         with self._reading() as connection:
-            return [Run(**row._mapping) for row in connection.execute(query)]
+            rows = connection.execute(query)
+            return [run for row in rows if (run := Run.of(dict(row._mapping), self.malformed))]
 
     def run(self, key: int | str) -> Run:
         """The run of that id, name (the latest) or uid.
@@ -75,8 +77,10 @@ class Store(Database):
         kinds, value = _meaning(key)
         with self._reading() as connection:
             for kind in kinds:
-                if (row := _find(connection, kind, value)) is not None:
-                    return Run(**row._mapping)
+                row = _find(connection, kind, value)
+                found = None if row is None else Run.of(dict(row._mapping), self.malformed)
+                if found is not None:
+                    return found
             others = [
                 f"`{kind}:{value}`"
                 for kind in ("name", "uid")
@@ -85,7 +89,7 @@ class Store(Database):
             latest = connection.execute(
                 sa.select(schema.runs.c.name).order_by(schema.runs.c.id.desc()).limit(5)
             ).scalars()
-            names = ", ".join(latest) or "none yet"
+            names = ", ".join(text(name) or UNKNOWN for name in latest) or "none yet"
         meant = f"no run with the {kinds[0]} {value!r}" if len(kinds) == 1 else f"no run {key!r}"
         hint = f"; {' and '.join(others)} would find one" if others else ""
         msg = f"{meant} in {self.name}{hint}; the latest are: {names}"
@@ -150,7 +154,8 @@ class Store(Database):
 
     def last_change(self, run_id: int) -> Event | None:
         """The event of the last threshold or policy that was applied; None without one."""
-        return next(iter(self.events(run_id, kind="threshold_changed", limit=1)), None)
+        events = self.events(run_id, kind="threshold_changed")
+        return next((event for event in events if "policy" in event.data), None)
 
     def past(self, run_id: int) -> tuple[int, int]:
         """How many attempts the run has had, and how many records of all but the last are stored.
@@ -165,13 +170,14 @@ class Store(Database):
             .order_by(attempts.position.desc())
             .limit(1)
         )
-        stored = sa.select(sa.func.coalesce(sa.func.sum(rings.step_cursor), 0)).where(
+        stored = sa.select(rings.step_cursor).where(
             rings.run_id == run_id, rings.attempt != last.scalar_subquery()
         )
         with self._reading() as connection:
+            cursors = connection.execute(stored).scalars()
             return (
                 int(connection.execute(count).scalar_one()),
-                int(connection.execute(stored).scalar_one()),
+                sum(whole(cursor) or 0 for cursor in cursors),
             )
 
     def events(
@@ -190,7 +196,9 @@ class Store(Database):
         if kind is not None:
             query = query.where(e.kind == kind)
         with self._reading() as connection:
-            return [Event(**row._mapping) for row in connection.execute(query)]
+            rows, whose = connection.execute(query), f"events of run {run_id}"
+            found = [Event.of(dict(row._mapping), whose, self.malformed) for row in rows]
+        return [event for event in found if event is not None]
 
     def findings(self, run_id: int) -> list[Finding]:
         """What was concluded about a run, the gravest first."""
@@ -203,7 +211,9 @@ class Store(Database):
             .order_by(gravity, f.first_step)
         )
         with self._reading() as connection:
-            return [Finding(**row._mapping) for row in connection.execute(query)]
+            rows, whose = connection.execute(query), f"run {run_id}"
+            found = [Finding.of(dict(row._mapping), whose, self.malformed) for row in rows]
+        return [finding for finding in found if finding is not None]
 
     def note_findings(
         self, run_id: int, found: Sequence[Finding], *, keep: Collection[str]
@@ -245,7 +255,7 @@ class Store(Database):
                 sa.select(r.verdict, r.threshold).where(r.run_id == run_id).order_by(r.id.desc())
             ).first()
             if last is not None and last.verdict == made.verdict:
-                before, now = last.threshold or 0.0, made.threshold or 0.0
+                before, now = real(last.threshold) or 0.0, made.threshold or 0.0
                 if abs(now - before) <= _SAME_THRESHOLD * before:
                     return
             connection.execute(
@@ -273,7 +283,11 @@ class Store(Database):
         """
         n, a = schema.layer_norms.c, schema.attempts.c
         latest = sa.select(a.attempt).where(a.run_id == run_id).order_by(a.position.desc()).limit(1)
-        mine = (n.run_id == run_id, n.attempt == latest.scalar_subquery())
+        mine = (
+            n.run_id == run_id,
+            n.attempt == latest.scalar_subquery(),
+            n.step.between(LEAST, MOST),  # what is no number sorts after all that are
+        )
         steps = sa.select(n.step).where(*mine).distinct().order_by(n.step.desc())
         query = sa.select(n.step, n.parameter, n.grad_norm, n.weight_norm).order_by(n.step)
         with self._reading() as connection:
@@ -282,8 +296,16 @@ class Store(Database):
                 return []
             weighed = steps.where(n.weight_norm.is_not(None), n.step > last[0] - _WEIGHED_WITHIN)
             others = connection.execute(weighed.limit(_WEIGHED)).scalars().all()
-            found = connection.execute(query.where(*mine, n.step.in_({*last, *others})))
-            return [tuple(row) for row in found]
+            found = connection.execute(query.where(*mine, n.step.in_({*last, *others}))).all()
+        return [sample for row in found if (sample := self._sample(run_id, dict(row._mapping)))]
+
+    def _sample(
+        self, run_id: int, row: Mapping[str, Any]
+    ) -> tuple[int, str, float | None, float | None] | None:
+        """One parameter's norms; None where the row is not of a step."""
+        read = Cells(schema.layer_norms, row, f"run {run_id}", self.malformed)
+        step, grad, weight = read.whole("step"), read.real("grad_norm"), read.real("weight_norm")
+        return None if step is None else (step, str(read.text("parameter")), grad, weight)
 
     # -- thresholds that are applied to a running job ------------------------------------------
 
@@ -293,8 +315,9 @@ class Store(Database):
         names = [field.name for field in dataclasses.fields(Change)]
         query = sa.select(*(c[name] for name in names)).where(c.run_id == run_id)
         with self._reading() as connection:
-            found = connection.execute(query.order_by(c.id.desc()))
-            return [Change(**row._mapping) for row in found]
+            rows, whose = connection.execute(query.order_by(c.id.desc())), f"run {run_id}"
+            found = [Change.of(dict(row._mapping), whose, self.malformed) for row in rows]
+        return [change for change in found if change is not None]
 
     def apply(
         self,
@@ -353,7 +376,7 @@ def _find(connection: sa.Connection, kind: str, value: str) -> Any:
         if not (value.isascii() and value.isdigit() and len(value) < len(str(_IDS))):
             return None
         wanted = int(value)
-    elif "\0" in value:  # which PostgreSQL takes in no text
+    elif not _may_be_stored(value):
         return None
     query = (
         sa.select(schema.runs)
@@ -361,6 +384,11 @@ def _find(connection: sa.Connection, kind: str, value: str) -> Any:
         .order_by(schema.runs.c.id.desc())
     )
     return connection.execute(query.limit(1)).one_or_none()
+
+
+def _may_be_stored(key: str) -> bool:
+    """Whether a text can be in a database at all: it has no NUL, and an encoding."""
+    return key.isprintable() or ("\0" not in key and key.encode("utf-8", "ignore").decode() == key)
 
 
 def obstacle(run: Run) -> str | None:

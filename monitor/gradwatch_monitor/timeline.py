@@ -6,16 +6,28 @@ without a summary, or one that a later attempt cuts, is summarised here, from it
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import sqlalchemy as sa
 
 from gradwatch import schema
+from gradwatch.cells import (
+    LARGEST,
+    LEAST,
+    MOST,
+    flags,
+    malformed_in,
+    numbers,
+    whole,
+    whole_numbers,
+)
 from gradwatch.schema import step_records, step_summaries
 from gradwatch.sinks import blocks
 from gradwatch.sinks.rows import Stored
-from gradwatch.summaries import BLOCK, Histograms, decode
+from gradwatch.summaries import BLOCK, Histograms, are_histograms, decode
 from gradwatch_monitor.rows import Summary
 
 if TYPE_CHECKING:
@@ -42,6 +54,7 @@ STEP_COLUMNS = tuple(c.name for c in step_records.columns if c.name not in {"run
 _END = 2**63 - 1
 _FLAGS = {"clipped", "nonfinite", "nonfinite_loss", "skipped"}
 _COUNTS = {"steps", "finite", "zeros", "amp_overflows", "first_step", "last_step", *_FLAGS}
+_PARTS = {"finite", "zeros", "amp_overflows", *_FLAGS}  # of the steps of a block
 _KEY = ("attempt", "block")
 _NUMBERS = tuple(c.name for c in step_summaries.columns if c.name not in {"run_id", "norms", *_KEY})
 _ALWAYS = ("first_step", "last_step", "steps")
@@ -129,10 +142,23 @@ def columns(
             query = query.where(r.step >= start)
         rows += _rows(connection, query)
     values = list(zip(*rows, strict=True)) if rows else [()] * len(names)
-    return {
-        name: np.array(column, dtype=_dtype(name))
-        for name, column in zip(names, values, strict=True)
-    }
+    return _arrays(connection, run_id, dict(zip(names, values, strict=True)))
+
+
+def _arrays(connection: sa.Connection, run_id: int, values: Mapping[str, Sequence[Any]]) -> Columns:
+    """Columns of `step_records` as arrays; cells that cannot be right are noted."""
+    malformed = malformed_in(connection)
+    found: Columns = {}
+    kept = None
+    for name, column in values.items():
+        note = functools.partial(malformed.note, f"step_records.{name}", f"run {run_id}")
+        if name == "step":
+            found[name], kept = whole_numbers(column)
+            if kept is not None:
+                note()
+        else:
+            found[name] = (flags if name in _FLAGS else numbers)(column, note)
+    return found if kept is None else {name: column[kept] for name, column in found.items()}
 
 
 def read(
@@ -214,25 +240,42 @@ def visible(connection: sa.Connection, run_id: int) -> list[Part]:
     a = schema.attempts.c
     query = sa.select(a.attempt, a.start_step).where(a.run_id == run_id)
     parts, stop = [], _END
-    for attempt, start in connection.execute(query.order_by(a.position.desc())).all():
+    for row in connection.execute(query.order_by(a.position.desc())).all():
+        attempt, start = whole(row.attempt), whole(row.start_step)
+        if attempt is None or start is None:
+            malformed_in(connection).note("attempts.start_step", f"run {run_id}")
+        if attempt is None:
+            continue
+        if start is None:  # it began with its first record at the latest
+            start = _first(connection, run_id, attempt)
         parts.append(Part(attempt, start, stop))
         stop = min(stop, start)
     return parts[::-1]
 
 
+def _first(connection: sa.Connection, run_id: int, attempt: int) -> int:
+    r = step_records.c
+    mine = sa.select(r.step).where(r.run_id == run_id, r.attempt == attempt)
+    found = connection.execute(mine.order_by(r.step).limit(1)).scalar()
+    first = whole(found)
+    return _END if first is None else first
+
+
 def _last(
     connection: sa.Connection, run_id: int, parts: list[Part], name: str, edge: int = 0
 ) -> Any:
-    """The last value of a column that is not NULL, not before the step `edge`; None without one.
+    """The last number in a column, not before the step `edge`; None without one.
 
     From the visible part of the latest attempt back: the view would read the whole run.
     """
     r = step_records.c
+    # What is no number sorts after all that are, and so does PostgreSQL's NaN.
+    least, most = (LEAST, MOST) if name == "step" else (-LARGEST, LARGEST)
     for part in reversed(parts):
         query = (
             sa.select(r[name])
             .where(r.run_id == run_id, r.attempt == part.attempt, r.step < part.stop)
-            .where(r.step >= edge, r[name].is_not(None))
+            .where(r.step >= edge, r[name].between(least, most))
             .order_by(r.step.desc())
             .limit(1)
         )
@@ -252,18 +295,19 @@ def _edge(connection: sa.Connection, run_id: int, parts: list[Part], recent: int
     for part in parts:
         first = connection.execute(
             sa.select(r.step)
-            .where(r.run_id == run_id, r.attempt == part.attempt, r.step >= edge)
+            .where(r.run_id == run_id, r.attempt == part.attempt, r.step.between(edge, MOST))
             .order_by(r.step)
             .limit(1)
         ).scalar()
         pruned = connection.execute(  # after the edge, but only the summary is left
             sa.select(s.block)
-            .where(s.run_id == run_id, s.attempt == part.attempt, s.block >= edge // BLOCK)
+            .where(s.run_id == run_id, s.attempt == part.attempt)
+            .where(s.block.between(edge // BLOCK, MOST // BLOCK - 1))
             .where(s.last_step < part.stop, s.first_step < (_END if first is None else first))
             .order_by(s.block.desc())
             .limit(1)
         ).scalar()
-        edge = edge if pruned is None else (pruned + 1) * BLOCK
+        edge = edge if pruned is None else (int(pruned) + 1) * BLOCK
     return edge
 
 
@@ -283,39 +327,74 @@ def _blocks(
     if edge == 0:
         return Blocks.none()
     table = step_summaries.c
-    numbers = _NUMBERS if wanted is None else tuple(dict.fromkeys([*_ALWAYS, *wanted]))
-    names = (*_KEY, *numbers, *(["norms"] if norms else []))
+    wanted = _NUMBERS if wanted is None else tuple(dict.fromkeys([*_ALWAYS, *wanted]))
+    names = (*_KEY, *wanted, *(["norms"] if norms else []))
     query = sa.select(*(table[name] for name in names)).where(
         table.run_id == run_id, table.block < edge // BLOCK
     )
     found = _rows(connection, query)
     values = dict(zip(names, zip(*found, strict=True) if found else [()] * len(names), strict=True))
-    attempt, block, last = (np.array(values[n], np.int64) for n in (*_KEY, "last_step"))
+    stored, good = _summary_arrays(connection, run_id, values)
     stops = {part.attempt: part.stop for part in parts}
-    whole = last < np.array([stops.get(one, 0) for one in values["attempt"]], np.int64)
+    shown = good & (
+        stored["last_step"]
+        < np.array([stops.get(one, 0) for one in stored["attempt"].tolist()], np.int64)
+    )
     missing = [
         row
         for part in parts
         for row in _summarised(
-            connection, run_id, part, block[whole & (attempt == part.attempt)], edge
+            connection,
+            run_id,
+            part,
+            stored["block"][shown & (stored["attempt"] == part.attempt)],
+            edge,
         )
     ]
     columns = {
         name: np.concatenate(
-            [
-                np.array(values[name], _block_dtype(name))[whole],
-                np.array([row[name] for row in missing], _block_dtype(name)),
-            ]
+            [stored[name][shown], np.array([row[name] for row in missing], _block_dtype(name))]
         )
-        for name in numbers
+        for name in wanted
     }
     order = np.argsort(columns["first_step"], kind="stable")
-    blobs = [b for b, kept in zip(values["norms"], whole, strict=True) if kept] if norms else []
+    blobs = [b for b, kept in zip(values["norms"], shown, strict=True) if kept] if norms else []
     blobs += [row["norms"] for row in missing] if norms else []
     return Blocks(
         {name: column[order] for name, column in columns.items()},
         decode([blobs[i] for i in order] if norms else []),
     )
+
+
+def _summary_arrays(
+    connection: sa.Connection, run_id: int, values: Mapping[str, Sequence[Any]]
+) -> tuple[Columns, np.ndarray[Any, np.dtype[np.bool_]]]:
+    """Columns of `step_summaries` as arrays, and which rows can be right: of the others the steps are read."""
+    malformed = malformed_in(connection)
+    found: Columns = {}
+    good = np.ones(len(values["block"]), np.bool_)
+    for name, column in values.items():
+        if name in _COUNTS or name in _KEY:
+            found[name], there = whole_numbers(column)
+            good &= True if there is None else there
+        elif name != "norms":
+            note = functools.partial(malformed.note, f"step_summaries.{name}", f"run {run_id}")
+            found[name] = numbers(column, note)
+    good &= found["first_step"] // BLOCK == found["block"]
+    good &= found["last_step"] // BLOCK == found["block"]
+    good &= found["first_step"] <= found["last_step"]
+    # On PostgreSQL a step can be there twice.
+    good &= (found["steps"] > 0) & (found["steps"] <= 2 * BLOCK)
+    for name in found.keys() & _PARTS:
+        good &= (found[name] >= 0) & (found[name] <= found["steps"])
+    if "norms" in values:
+        norms = None
+        if {"finite", "zeros"} <= found.keys():
+            norms = found["finite"] - found["zeros"]
+        good &= are_histograms(values["norms"], norms)
+    if not good.all():
+        malformed.note("step_summaries", f"run {run_id}")
+    return found, good
 
 
 def _summarised(
@@ -331,13 +410,24 @@ def _summarised(
     if first is None:
         return
     last = connection.execute(within.order_by(r.step.desc()).limit(1)).scalar_one()
-    wanted = np.setdiff1d(np.arange(first // BLOCK, last // BLOCK + 1), have)
-    for row in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1):
-        for together in np.split(row, range(_TOGETHER, len(row), _TOGETHER)):
-            if len(together):
-                start, stop = int(together[0]) * BLOCK, (int(together[-1]) + 1) * BLOCK
-                records = blocks.records_of(connection, stored, start, min(stop, part.stop))
-                yield from blocks.rows_of(records)
+    ends = int(first) // BLOCK - 1, int(last) // BLOCK + 1
+    known = np.sort(have[(have > ends[0]) & (have < ends[1])])
+    borders = [ends[0], *known.tolist(), ends[1]]
+    for before, after in itertools.pairwise(borders):
+        block: int | None = before + 1
+        # By what is there, not block by block: a step may be far away from all others.
+        while block is not None and block < after:
+            following = within.where(r.step >= block * BLOCK).order_by(r.step).limit(1)
+            found = connection.execute(following).scalar()
+            block = None if found is None else int(found) // BLOCK
+            if block is None or block >= after:
+                break
+            stop = min(block + _TOGETHER, after)
+            records = blocks.records_of(
+                connection, stored, block * BLOCK, min(stop * BLOCK, part.stop)
+            )
+            yield from blocks.rows_of(records)
+            block = stop
 
 
 def _rows(connection: sa.Connection, query: sa.Select[Any]) -> Sequence[Any]:
@@ -358,9 +448,3 @@ def _block_dtype(name: str) -> type:
 
 def _count(condition: sa.ColumnElement[bool]) -> sa.ColumnElement[int]:
     return sa.func.coalesce(sa.func.sum(sa.case((condition, 1), else_=0)), 0)
-
-
-def _dtype(name: str) -> type:
-    if name == "step":
-        return np.int64
-    return np.bool_ if name in _FLAGS else np.float64

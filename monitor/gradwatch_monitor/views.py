@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from tsdownsample import MinMaxLTTBDownsampler
 
+from gradwatch.errors import StoreError
 from gradwatch_monitor.applying import outcomes
 from gradwatch_monitor.diagnose import concluded
 from gradwatch_monitor.evidence import BURN_IN
@@ -332,7 +333,7 @@ def _events_frame(events: Sequence[Event]) -> pd.DataFrame:
     rows = [
         {
             "step": event.step,
-            "time": pd.Timestamp(event.time, unit="s", tz="UTC"),
+            "time": moment(event.time),
             "kind": event.kind,
             "severity": event.severity,
             "message": event.message,
@@ -351,7 +352,7 @@ def changes_table(changes: Sequence[Applied]) -> pd.DataFrame:
     rows = [
         {
             "step": change.step,
-            "time": pd.Timestamp(change.time, unit="s", tz="UTC"),
+            "time": moment(change.time),
             "from": change.old,
             "to": change.new,
             "clip": change.clip,
@@ -363,22 +364,34 @@ def changes_table(changes: Sequence[Applied]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "time", "from", "to", "clip", "by", "reason"])
 
 
+def moment(seconds: float) -> pd.Timestamp:
+    """A moment in UTC; NaT where it is unknown, or none that a calendar has."""
+    try:
+        return pd.Timestamp(seconds, unit="s", tz="UTC")
+    except (ValueError, OverflowError):
+        return pd.NaT  # type: ignore[return-value]
+
+
 def runs_table(store: Store, limit: int = 200) -> pd.DataFrame:
     """The latest runs, one a row, with how far each has come."""
     rows = []
     for run in store.runs(limit=limit):
-        last = store.last_taken(run.id)
+        try:
+            last = store.last_taken(run.id)
+            steps = 0 if last is None else last.step + 1
+        except StoreError:  # a part of the file is damaged: the other runs are shown all the same
+            last, steps = None, None
         rows.append(
             {
                 "uid": run.uid,
                 "id": run.id,
                 "name": run.name,
                 "status": status(store, run),
-                "steps": 0 if last is None else last.step + 1,
-                "last step": None if last is None else pd.Timestamp(last.time, unit="s", tz="UTC"),
+                "steps": steps,
+                "last step": None if last is None else moment(last.time),
                 "optimizer": run.settings.get("optimizer", ""),
                 "clip": run.settings.get("clip", ""),
-                "started": pd.Timestamp(run.started_at, unit="s", tz="UTC"),
+                "started": moment(run.started_at),
                 "host": run.host,
                 "job": run.job,
                 "tags": ", ".join(f"{key}={value}" for key, value in run.tags.items()),

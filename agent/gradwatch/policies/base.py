@@ -122,7 +122,7 @@ def positive(policy: Policy[Any], name: str, *, finite: bool = True) -> None:
         # JSON's word for inf apart, text is no number.
         wrong = isinstance(value, bool) or (isinstance(value, str) and value != "inf")
         number = math.nan if wrong else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not number > 0 or (finite and math.isinf(number)):
         kind = "a finite number above 0" if finite else "a number above 0, or inf"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import sqlalchemy as sa
 
+from gradwatch.cells import flags, numbers, whole_numbers
 from gradwatch.recorder import FLAGS
 from gradwatch.schema import step_records, step_summaries
 from gradwatch.sinks import bulk
@@ -161,6 +162,11 @@ def records_of(
         f"AND attempt = {mark} AND step >= {mark} AND step < {mark} ORDER BY step",
         (stored.run_id, stored.attempt, start, stop),
     ).fetchall()
-    steps, *others = zip(*found, strict=True) if found else [()] * len(INPUTS)
-    columns = (np.array(column, np.float64) for column in others)
-    return {"step": np.array(steps, np.int64), **dict(zip(INPUTS[1:], columns, strict=True))}
+    values = dict(
+        zip(INPUTS, zip(*found, strict=True) if found else [()] * len(INPUTS), strict=True)
+    )
+    steps, good = whole_numbers(values.pop("step"))
+    columns: dict[str, np.ndarray[Any, Any]] = {"step": steps}
+    for name, column in values.items():
+        columns[name] = flags(column).astype(np.float64) if name in _FLAGS else numbers(column)
+    return columns if good is None else {name: column[good] for name, column in columns.items()}

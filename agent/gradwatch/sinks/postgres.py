@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import sqlalchemy as sa
 
-from gradwatch import partitions
+from gradwatch import cells, partitions
 from gradwatch.recorder import FLAGS
 from gradwatch.sinks.rows import strict_json
 
@@ -142,6 +142,7 @@ def _engine(url: str) -> sa.Engine:
     return sa.create_engine(
         url,
         json_serializer=strict_json,
+        json_deserializer=cells.lenient_json,
         connect_args={name: v for name, v in _CONNECTION.items() if name not in given},
         pool_size=1,
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from prometheus_client import CollectorRegistry, make_wsgi_app
-from prometheus_client.exposition import gzip_accepted, start_http_server
+from prometheus_client.exposition import gzip_accepted
 
 from gradwatch import identity, metrics
 from gradwatch.sinks import scrapers
@@ -28,7 +28,7 @@ from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-    from wsgiref.types import StartResponse, WSGIEnvironment
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
     from gradwatch.records import Batch, RunInfo, RunStatus
 
@@ -223,9 +223,9 @@ class Exporter:
         Raises `OSError` where none can be bound.
         """
         self.requested = port
-        self._server, self._thread = _serve(addr, port)
-        self._server.set_app(_App(sink))
-        scrapers.limit(self._server)
+        self._server = _bind(_App(sink), addr, port)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
         self.port: int = self._server.server_port
         host = advertised or ("127.0.0.1" if addr in {"0.0.0.0", "::", ""} else addr)  # noqa: S104
         self.url = (
@@ -248,11 +248,11 @@ class Exporter:
         self._thread.join(timeout=1.0)
 
 
-def _serve(addr: str, port: int) -> tuple[Any, threading.Thread]:
+def _bind(app: WSGIApplication, addr: str, port: int) -> scrapers.Server:
     last = port if port == 0 else min(port + _PORTS_TRIED, 65535)
     for candidate in range(port, last + 1):
         try:
-            return start_http_server(candidate, addr, CollectorRegistry())
+            return scrapers.Server((addr, candidate), app)
         except OSError as error:
             if error.errno != errno.EADDRINUSE or candidate == last:
                 raise

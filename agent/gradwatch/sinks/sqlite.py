@@ -16,18 +16,20 @@ import fcntl
 import functools
 import os
 import sqlite3
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from gradwatch import cells
 from gradwatch.sinks.rows import strict_json
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["check", "checkpoint", "let_go", "look", "weakness", "writing_engine"]
+__all__ = ["check", "check_kind", "checkpoint", "let_go", "look", "weakness", "writing_engine"]
 
 _FIXED = (3, 51, 3)
 
@@ -69,12 +71,14 @@ def writing_engine(url: str, path: Path, *, patience: float = _BUSY_SECONDS) -> 
     engine = sa.create_engine(
         url,
         json_serializer=strict_json,
+        json_deserializer=cells.lenient_json,
         connect_args={"timeout": patience, "check_same_thread": False},
     )
 
     @sa.event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # BEGIN is said below, at once and for writing
+        connection.text_factory = cells.lenient_text
         try:
             for setting in _SETTINGS:
                 connection.execute(f"PRAGMA {setting}").close()
@@ -104,6 +108,7 @@ def check(path: Path) -> None:
     An empty one is, and one that is not there. It is read by SQLite: closing a descriptor of our
     own would let go of the locks that other connections of this process have on it.
     """
+    check_kind(path)
     uri = f"{path.absolute().as_uri()}?mode=ro&immutable=1"
     try:
         with contextlib.closing(sqlite3.connect(uri, uri=True)) as connection:
@@ -111,6 +116,20 @@ def check(path: Path) -> None:
     except sqlite3.Error as error:
         if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
             raise
+
+
+def check_kind(path: Path) -> None:
+    """Raise `sqlite3.DatabaseError` where a pipe, a socket or a device lies at that path.
+
+    To open one of these may block for ever.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # it is not there, or whoever opens it is told why not
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        msg = "it is not a file but a pipe, a socket or a device, which cannot hold a store"
+        raise sqlite3.DatabaseError(msg)
 
 
 def let_go(close: Callable[[], None], path: Path) -> None:
