@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
+import urllib.parse
 
-__all__ = ["is_loopback", "why_not_bound"]
+__all__ = ["is_loopback", "scrapable", "why_not_bound"]
+
+_HOST = r"[\w.-]+|\[[0-9a-fA-F:.]+(%[\w.-]+)?\]"
 
 
 def is_loopback(address: str) -> bool:
@@ -24,4 +28,18 @@ def why_not_bound(address: str, port: int) -> str | None:
             probe.bind((address, port))
         except OSError as error:
             return error.strerror or str(error)
+        except (ValueError, OverflowError) as error:  # no host's name; no port
+            return str(error)
     return None
+
+
+def scrapable(text: str) -> urllib.parse.SplitResult | None:
+    """The URL of an exporter, http or https; None of a text that is none."""
+    try:
+        url = urllib.parse.urlsplit(text)
+        port = url.port
+    except ValueError:  # brackets that do not match, a port that is no number
+        return None
+    named = re.fullmatch(rf"({_HOST})(:\d+)?", url.netloc) is not None
+    good = url.scheme in {"http", "https"} and named and port != 0 and text.isprintable()
+    return url if good else None

@@ -10,7 +10,7 @@ from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from gradwatch.addresses import why_not_bound
+from gradwatch.addresses import scrapable, why_not_bound
 from gradwatch.config import Settings, redact, sqlite_path, unknown_variables
 from gradwatch.errors import GradwatchError, StoreNotFoundError
 from gradwatch.filesystems import advice, network_kind
@@ -147,6 +147,8 @@ def _exporters(url: str) -> Iterator[Check]:
 
 def _silent(url: str) -> str | None:
     """Why nothing comes from there within a second; None: it does."""
+    if scrapable(url) is None:  # an opener would read a file, too
+        return "it is no address of an exporter"
     # Past any proxy, which would not know this machine.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
 
 from gradwatch import schema
+from gradwatch.cells import LEAST, MOST, document, whole
 from gradwatch.config import sqlite_path
 from gradwatch.errors import StoreError, StoreNotFoundError
 from gradwatch.summaries import BLOCK
+from gradwatch_monitor.malformed import misfits
+from gradwatch_monitor.shapes import event_data
 from gradwatch_monitor.store import Store
 from gradwatch_monitor.timeline import visible
 
@@ -59,6 +62,8 @@ def _examine(
         for table, _, parent, _ in connection.exec_driver_sql("PRAGMA foreign_key_check"):
             yield Problem("orphan", f"{table} has a row of a run that is not in {parent}")
     yield from _orphans(connection)
+    for misfit in misfits(connection):
+        yield Problem("malformed", f"{misfit.sentence}: readers take them as unknown")
     attempts, runs = schema.attempts, schema.runs
     found = connection.execute(
         sa.select(attempts.c.run_id, attempts.c.attempt, attempts.c.start_step, runs.c.name)
@@ -101,7 +106,7 @@ def _orphans(connection: sa.Connection) -> Iterator[Problem]:
 
 
 def _gaps(
-    connection: sa.Connection, run_id: int, attempt: int, start: int, where: str
+    connection: sa.Connection, run_id: int, attempt: int, start: Any, where: str
 ) -> Iterator[Problem]:
     """Steps between the first that is left and what the flight recorders' cursors say."""
     records, rings = schema.step_records.c, schema.rings.c
@@ -112,13 +117,16 @@ def _gaps(
             sa.func.count(records.step.distinct()),
             sa.func.min(records.step),
             sa.func.max(records.step),
-        ).where(*mine)
+        ).where(*mine, records.step.between(LEAST, MOST))
     ).one()
     if count > distinct:
         yield Problem("doubled", f"{where}: {count - distinct} steps are there twice")
     stored = connection.execute(
         sa.select(sa.func.max(rings.step_cursor)).where(
-            rings.run_id == run_id, rings.attempt == attempt, rings.rank == 0
+            rings.run_id == run_id,
+            rings.attempt == attempt,
+            rings.rank == 0,
+            rings.step_cursor.between(0, MOST),
         )
     ).scalar()
     if first is None:  # none was recorded, or all were pruned
@@ -132,8 +140,11 @@ def _gaps(
             events.rank == 0,
         )
     ).all()
-    told = {why: sum(int(data.get(why, 0)) for (data,) in dropped) for why in _STEPS_LOST}
+    known = [event_data(document(data) or {}, lambda: None) for (data,) in dropped]
+    told = {why: sum(int(data.get(why, 0)) for data in known) for why in _STEPS_LOST}
     lost = sum(told.values())
+    start = whole(start) or 0
+    first, last = int(first), int(last)
     # What could not be recorded never was in a flight recorder, and did not move its cursor.
     end = last + 1 if stored is None else max(last + 1, start + stored + told["error"])
     missing = end - first - distinct

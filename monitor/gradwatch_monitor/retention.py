@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
-from gradwatch import partitions, schema
+from gradwatch import cells, partitions, schema
 from gradwatch.errors import ConfigurationError
 from gradwatch.sinks import blocks
 from gradwatch.sinks.register import LIVE_SECONDS
@@ -96,11 +96,17 @@ def _sum_up(store: Maintained, run_id: int, before: float) -> None:
     with store.transaction() as connection:
         for part in timeline.visible(connection, run_id):
             mine = (records.run_id == run_id, records.attempt == part.attempt)
-            old = sa.select(sa.func.min(records.step), sa.func.max(records.step)).where(
+            # Those that there are, not all up to the last: a step may be far away from the others.
+            block = sa.cast((records.step - records.step % BLOCK) / BLOCK, sa.BigInteger)
+            going = sa.select(block.distinct()).where(
                 *mine, records.time < before, records.step < part.stop
             )
-            first, last = connection.execute(old).one()
-            if first is None:
+            old = {
+                found
+                for one in connection.execute(going).scalars()
+                if (found := cells.whole(one)) is not None
+            }
+            if not old:
                 continue
             whole = {
                 row.block
@@ -118,7 +124,7 @@ def _sum_up(store: Maintained, run_id: int, before: float) -> None:
                     )
                 )
             }
-            wanted = [b for b in range(first // BLOCK, last // BLOCK + 1) if b not in whole]
+            wanted = sorted(old - whole)
             blocks.store(connection, Stored(run_id, part.attempt), wanted, until=part.stop)
 
 
@@ -181,6 +187,10 @@ def _delete_layers(store: Maintained, run_id: int) -> int:
                     records.run_id == run_id, records.attempt == attempt
                 )
             ).scalar()
+            if (
+                oldest is not None and cells.whole(oldest) is None
+            ):  # not one of its steps is a number
+                continue
             mine = sa.and_(layers.run_id == run_id, layers.attempt == attempt)
             old = mine if oldest is None else sa.and_(mine, layers.step < oldest)
             total += connection.execute(sa.delete(schema.layer_norms).where(old)).rowcount
@@ -190,10 +200,11 @@ def _delete_layers(store: Maintained, run_id: int) -> int:
 def _forget(store: Maintained, run_id: int, before: float) -> bool:
     """Remove a run that ended before, of which nothing is left; whether it was one."""
     with store.transaction() as connection:
-        run = connection.execute(
+        beat = connection.execute(
             sa.select(schema.runs.c.heartbeat_at).where(schema.runs.c.id == run_id)
         ).scalar_one()
-        if run >= before:
+        beat = cells.real(beat)
+        if beat is None or beat >= before:  # one whose end is unknown stays
             return False
         for table in (schema.step_records, schema.events):
             if connection.execute(

@@ -13,12 +13,12 @@ import json
 import re
 import threading
 import time
-import urllib.parse
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from gradwatch.addresses import scrapable
 from gradwatch.config import redact, resolve_store
 from gradwatch.errors import ConfigurationError, GradwatchError, StoreNotFoundError
 from gradwatch.recovery import recover
@@ -188,7 +188,7 @@ def targets(
     for run in runs:
         if run.metrics_url is None or not run.is_live():
             continue
-        url = _scrapable(run.metrics_url)
+        url = scrapable(run.metrics_url)
         if url is None:
             unreachable(run)
             continue
@@ -200,19 +200,6 @@ def targets(
         }
         found[run.metrics_url] = {"targets": [url.netloc], "labels": labels}
     return list(found.values())
-
-
-def _scrapable(text: str) -> urllib.parse.SplitResult | None:
-    """The URL of an exporter; None of a text that is none."""
-    try:
-        url = urllib.parse.urlsplit(text)
-        port = url.port
-    except ValueError:  # brackets that do not match, a port that is no number
-        return None
-    host = r"[\w.-]+|\[[0-9a-fA-F:.]+(%[\w.-]+)?\]"
-    plain = re.fullmatch(rf"({host})(:\d+)?", url.netloc) is not None
-    good = url.scheme in {"http", "https"} and plain and port != 0 and text.isprintable()
-    return url if good else None
 
 
 class _Face:

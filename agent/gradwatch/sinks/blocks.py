@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import sqlalchemy as sa
 
-from gradwatch.cells import flags, numbers, whole_numbers
+from gradwatch.cells import LEAST, MOST, flags, numbers, whole_numbers
 from gradwatch.recorder import FLAGS
 from gradwatch.schema import step_records, step_summaries
 from gradwatch.sinks import bulk
@@ -112,7 +112,9 @@ def fill(connection: sa.Connection, stored: Stored) -> None:
     """Make the rows of all complete blocks of an attempt."""
     step = step_records.c.step
     mine = sa.select(step).where(
-        step_records.c.run_id == stored.run_id, step_records.c.attempt == stored.attempt
+        step_records.c.run_id == stored.run_id,
+        step_records.c.attempt == stored.attempt,
+        step.between(LEAST, MOST),
     )
     last = connection.execute(mine.order_by(step.desc()).limit(1)).scalar()
     end = 0 if last is None else (last + 1) // BLOCK

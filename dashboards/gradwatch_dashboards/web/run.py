@@ -10,7 +10,7 @@ import streamlit as st
 from gradwatch.errors import RunNotFoundError
 from gradwatch_dashboards.terminal import number
 from gradwatch_dashboards.web import charts, control
-from gradwatch_dashboards.web.source import badge, open_store, plain
+from gradwatch_dashboards.web.source import badge, open_store, plain, tell_malformed, telling
 from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW, last_step
 from gradwatch_monitor import Run, diagnose, views
 from gradwatch_monitor.applying import applied, in_force
@@ -55,6 +55,7 @@ def chosen() -> Run:
     return current
 
 
+@telling()
 def heading(run: Run, summary: Summary) -> None:
     """Who the run is, and its numbers."""
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -83,6 +84,7 @@ def heading(run: Run, summary: Summary) -> None:
             st.metric(label, value, help=told, width="content")
 
 
+@telling()
 def advice(run: Run, recommendation: Recommendation, outcomes: Sequence[Outcome]) -> None:
     """The recommendation, its numbers and its reasons; and what can be done about it."""
     with st.container(border=True):
@@ -96,6 +98,7 @@ def advice(run: Run, recommendation: Recommendation, outcomes: Sequence[Outcome]
         control.panel(store, run, recommendation, outcomes)
 
 
+@telling()
 def slider(timeline: views.Timeline, recommended: float | None, current: float | None) -> None:
     """What another threshold would have clipped of this run's own steps."""
     st.subheader("What if", anchor=False)
@@ -128,6 +131,7 @@ def slider(timeline: views.Timeline, recommended: float | None, current: float |
     st.caption("Over this run's own norms. Clipping changes a run: check it again on the next one.")
 
 
+@telling()
 def findings(run_id: int) -> None:
     """What is wrong now, the gravest first; folded away, what was and has ended."""
     now = diagnose(store, run_id)
@@ -141,6 +145,7 @@ def findings(run_id: int) -> None:
                 st.markdown(plain(f"{span}: {finding.message}"))
 
 
+@telling()
 def loss(
     timeline: views.Timeline, events: pd.DataFrame, marks: pd.DataFrame, broken: pd.DataFrame
 ) -> None:
@@ -155,6 +160,7 @@ def loss(
         st.caption("No loss was logged: gradwatch.Agent.of(optimizer).log(loss=loss)")
 
 
+@telling()
 def learning_rate(timeline: views.Timeline, marks: pd.DataFrame) -> None:
     """The learning rate of the first parameter group."""
     st.subheader("Learning rate", anchor=False)
@@ -228,6 +234,14 @@ def page(run_id: int) -> None:
         )
 
 
-run = chosen()
-st.session_state["live"] = run.is_live()
-st.fragment(page, run_every=REFRESH_SECONDS if run.is_live() else None)(run.id)
+def guarded(run_id: int) -> None:
+    """The page; what goes wrong is told on it, and so is what the store holds that cannot be right."""
+    with telling():
+        page(run_id)
+    tell_malformed(store)
+
+
+with telling():
+    run = chosen()
+    st.session_state["live"] = run.is_live()
+    st.fragment(guarded, run_every=REFRESH_SECONDS if run.is_live() else None)(run.id)

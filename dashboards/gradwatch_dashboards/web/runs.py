@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import streamlit as st
 
-from gradwatch_dashboards.web.source import open_store, plain
+from gradwatch_dashboards.web.source import open_store, plain, tell_malformed, telling
 from gradwatch_monitor import views
 
 if TYPE_CHECKING:
@@ -36,7 +36,14 @@ def table() -> None:
     """The runs, looked at again every five seconds."""
     if (uid := st.session_state.pop(_OPEN, None)) is not None:
         st.switch_page("run.py", query_params={"run": f"uid:{uid}"})
+    with telling():
+        show()
+
+
+def show() -> None:
+    """The table; a row that is picked leads to its run."""
     frame = views.runs_table(store)
+    tell_malformed(store)
     uids = frame["uid"].tolist()
     # A click tells the row's place among the rows that were shown. Other rows are another table, so
     # that a place is never looked up in rows that were read after the click.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import streamlit as st
 
@@ -12,7 +13,10 @@ from gradwatch.errors import GradwatchError, StoreNotFoundError
 from gradwatch_monitor.stalls import status
 from gradwatch_monitor.store import Run, Store
 
-__all__ = ["badge", "open_store", "plain"]
+__all__ = ["badge", "open_store", "plain", "tell_malformed", "telling"]
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 HOW_TO_START = """\
 import gradwatch
@@ -45,6 +49,28 @@ def open_store() -> Store:
         st.error(plain(str(error)))
         st.stop()
     return store
+
+
+@contextlib.contextmanager
+def telling() -> Iterator[None]:
+    """What goes wrong in the block is told on the page, in a sentence; the rest of the page goes on."""
+    try:
+        yield
+    except GradwatchError as error:
+        st.error(plain(str(error)))
+    except Exception as error:  # noqa: BLE001 - the border: Streamlit would show where in the code
+        st.error(
+            plain(
+                f"This part of the page cannot be shown, by a fault of gradwatch itself "
+                f"({type(error).__name__}: {error}). Please report it."
+            )
+        )
+
+
+def tell_malformed(store: Store) -> None:
+    """Say that some values of the store are taken as unknown, where any were met."""
+    if store.malformed:
+        st.warning(plain(f"{store.malformed.sentence[0].upper()}{store.malformed.sentence[1:]}."))
 
 
 def _empty(url: str) -> NoReturn:
