@@ -98,8 +98,10 @@ def _sum_up(store: Maintained, run_id: int, before: float) -> None:
             mine = (records.run_id == run_id, records.attempt == part.attempt)
             # Those that there are, not all up to the last: a step may be far away from the others.
             block = sa.cast((records.step - records.step % BLOCK) / BLOCK, sa.BigInteger)
-            going = sa.select(block.distinct()).where(
-                *mine, records.time < before, records.step < part.stop
+            going = (
+                sa.select(block)
+                .distinct()
+                .where(*mine, records.time < before, records.step < part.stop)
             )
             old = {
                 found

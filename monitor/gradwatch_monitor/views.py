@@ -33,6 +33,7 @@ __all__ = [
     "events_table",
     "loss_chart",
     "lr_chart",
+    "moment",
     "nonfinite_stretches",
     "norms_chart",
     "runs_table",
