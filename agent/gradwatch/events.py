@@ -246,8 +246,8 @@ def amp_overflow(step: int, time: float, rank: int, loss_scale: float) -> Event:
 
 
 def dead_gradient(step: int, time: float, rank: int, tensors: int) -> Event:
-    """The gradient was exactly 0 or absent; one event where a streak of such steps begins."""
-    why = "no parameter has a gradient" if tensors == 0 else "every gradient is exactly 0"
+    """Every gradient was exactly 0; one event where a streak of such steps begins."""
+    why = "every gradient is exactly 0"
     return Event("dead_gradient", step, time, "warning", why, {"tensors": tensors}, rank)
 
 

@@ -158,7 +158,7 @@ class StepHooks:
                 return torch.tensor(_nan)
             grads = [g for m in step.measured for g in m.grads]
             if not grads:
-                return torch.tensor(step.pre_norm)
+                return torch.tensor(0.0)  # what `clip_grad_norm_` returns then
             step.by_hand = grads[0], grads[0]._version
         return torch.tensor(step.pre_norm, device=step.by_hand[0].device)
 

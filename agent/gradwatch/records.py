@@ -98,7 +98,8 @@ class StepRecord(NamedTuple):
     """One optimizer step as it is stored: the same fields in the ring, the table and the frame.
 
     Norms are the true ones, in the policy's norm type. What is absent is NaN here and NULL in
-    SQL; `time` is in Unix seconds.
+    SQL; `time` is in Unix seconds. A step in which no parameter had a gradient has no `pre_norm` and
+    is neither `nonfinite` nor `skipped`; a gradient that is 0 has a `pre_norm` of 0.
     """
 
     step: int

@@ -141,6 +141,10 @@ class Treatment:
         grads = step.measured[0].grads
         if grads:
             self.note_changes(step, grads)
+        elif not any(measured.grads for measured in step.measured):
+            # Without a gradient there is no norm. A norm of 0 is that of a gradient that is 0.
+            step.pre_norm = _nan
+            step.flags |= FLAGS.NO_GRADIENT
 
     def note_changes(self, step: OpenStep, grads: Sequence[Tensor]) -> None:
         """Note gradients changed in place: these, since the backward pass; the last, since its step."""
@@ -152,7 +156,10 @@ class Treatment:
             pass
 
     def act(self, optimizer: Optimizer, step: OpenStep, *, by_hand: bool) -> None:
-        """Decide and carry out, or deal with a non-finite gradient; note what is worth noting."""
+        """Decide and carry out, or deal with a non-finite gradient; note what is worth noting.
+
+        Of a step without any gradient there is nothing to decide, and nothing to learn.
+        """
         notices = self.notices
         if isfinite(step.pre_norm):
             event = notices.gradient(step.number, step.time, step.pre_norm, step.measured)
@@ -160,6 +167,8 @@ class Treatment:
                 self._clip(optimizer, step, self._only, by_hand=by_hand)
             else:
                 self._clip_parts(optimizer, step, by_hand=by_hand)
+        elif step.flags & FLAGS.NO_GRADIENT:
+            event = None
         else:
             event = self._nonfinite(optimizer, step)
             if step.flags & FLAGS.SKIPPED and not by_hand:
@@ -191,6 +200,8 @@ class Treatment:
 
     def _sample(self, optimizer: Optimizer, step: OpenStep, *, always_weights: bool) -> None:
         _, weights = self.notices.samples(step.number)
+        if step.flags & FLAGS.NO_GRADIENT and not weights:
+            return
         held = None
         if weights or always_weights:
             params = [p.detach() for group in optimizer.param_groups for p in group["params"]]

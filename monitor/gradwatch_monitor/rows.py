@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 from gradwatch import schema
 from gradwatch.cells import Cells
 from gradwatch.sinks.register import LIVE_SECONDS
+from gradwatch_monitor.ratio import clip_ratio
 from gradwatch_monitor.shapes import event_data, is_policy, run_settings
 
 if TYPE_CHECKING:
@@ -145,10 +146,13 @@ class Finding:
 class Summary:
     """Counts over a run's visible timeline, and its last values (None where there is none).
 
-    All but `taken` are about the steps that the store has: a prune removes some.
+    All but `taken` are about the steps that the store has: a prune removes some. `finite` steps have
+    a finite gradient norm; in `no_gradient` steps no parameter had a gradient.
     """
 
     steps: int
+    finite: int
+    no_gradient: int
     clipped: int
     nonfinite: int
     skipped: int
@@ -166,8 +170,8 @@ class Summary:
 
     @property
     def clip_ratio(self) -> float | None:
-        """Clipped steps over all steps; None before the first."""
-        return self.clipped / self.steps if self.steps else None
+        """Clipped steps over those with a finite gradient norm; None without such a step."""
+        return clip_ratio(self.clipped, self.finite)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -59,6 +60,7 @@ _KEY = ("attempt", "block")
 _NUMBERS = tuple(c.name for c in step_summaries.columns if c.name not in {"run_id", "norms", *_KEY})
 _ALWAYS = ("first_step", "last_step", "steps")
 _COUNTED = (
+    "finite",
     "clipped",
     "nonfinite",
     "skipped",
@@ -188,17 +190,20 @@ def summary(connection: sa.Connection, run_id: int) -> Summary:
     overflow = sa.and_(s.skipped, sa.not_(s.nonfinite), s.pre_norm.is_(None))
     counts = {
         "steps": sa.func.count(),
+        "finite": sa.func.count(s.pre_norm),
         "clipped": _count(s.clipped),
         "nonfinite": _count(s.nonfinite),
         "skipped": _count(s.skipped),
         "amp_overflows": _count(sa.and_(overflow, s.loss_scale.is_not(None))),
     }
+    absent = _count(_without_gradient(s)).label("no_gradient")
     found = connection.execute(
-        sa.select(*(count.label(name) for name, count in counts.items())).where(
+        sa.select(absent, *(count.label(name) for name, count in counts.items())).where(
             s.run_id == run_id, s.step >= edge
         )
     ).one()
     total = {name: int(old.column(name).sum()) + found._mapping[name] for name in counts}
+    total["no_gradient"] = found.no_gradient + _absent_in(connection, run_id, parts, old)
     news = {
         f"last_{name}": _last(connection, run_id, parts, name, edge)
         for name in ("step", "time", "loss", "pre_norm", "threshold")
@@ -209,6 +214,52 @@ def summary(connection: sa.Connection, run_id: int) -> Summary:
         if news[name] is None:
             news[name] = _last_of(old.column(column))
     return Summary(**total, **news)
+
+
+def _without_gradient(record: Any) -> sa.ColumnElement[bool]:
+    """The condition for a step without any gradient, as `ratio.without_gradient` has it."""
+    explained = sa.or_(record.nonfinite, record.skipped)
+    return sa.and_(record.pre_norm.is_(None), sa.not_(explained))
+
+
+def _absent_in(connection: sa.Connection, run_id: int, parts: list[Part], old: Blocks) -> int:
+    """How many steps of these blocks had no gradient.
+
+    A block's row does not count them. They are its steps without a finite norm, less those with NaN
+    or inf and those that a loss scaler suppressed; of the latter, the row counts those whose loss scale
+    is known. Where more steps were skipped than it explains, the records are asked. Of a block whose
+    records were pruned, only steps that no other reason can explain are counted.
+    """
+    column = old.column
+    others = column("skipped") - column("amp_overflows")
+    absent = column("steps") - column("finite") - column("nonfinite") - column("amp_overflows")
+    unsure = (absent > 0) & (others > 0)
+    total = int(absent[~unsure].clip(min=0).sum())
+    at_least: Counter[int] = Counter()
+    for first, least in zip(column("first_step")[unsure], (absent - others)[unsure], strict=True):
+        at_least[int(first) // BLOCK] += max(0, int(least))
+    counted = _absent_by_block(connection, run_id, parts, sorted(at_least))
+    return total + sum(max(counted[block], least) for block, least in at_least.items())
+
+
+def _absent_by_block(
+    connection: sa.Connection, run_id: int, parts: list[Part], wanted: list[int]
+) -> Counter[int]:
+    """The visible steps without a gradient in each of these blocks, from their records."""
+    counted: Counter[int] = Counter()
+    r = step_records.c
+    block = r.step // BLOCK
+    for row in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1) if wanted else ():
+        for part in parts:
+            query = (
+                sa.select(block, sa.func.count())
+                .where(r.run_id == run_id, r.attempt == part.attempt, _without_gradient(r))
+                .where(r.step >= int(row[0]) * BLOCK)
+                .where(r.step < min(part.stop, (int(row[-1]) + 1) * BLOCK))
+                .group_by(block)
+            )
+            counted.update(dict(connection.execute(query).tuples().all()))
+    return counted
 
 
 def last_step(connection: sa.Connection, run_id: int) -> int | None:
