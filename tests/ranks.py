@@ -268,6 +268,22 @@ def zero_redundancy(rank, world):
     return {**result, "norms": norms, "expected": expected}
 
 
+def without_gradients(rank, world, kind):
+    """Steps that no rank has a gradient at, and where there is no sharding, one that rank 0 alone lacks."""
+    model = _sharded(kind, world, fused=False) if kind == "fsdp" else mlp()
+    optimizer = adamw(model.parameters(), fused=False)
+    agent = gradwatch.Agent(optimizer, model=model, clip=gradwatch.ClipNorm(5.0))
+    for step in range(6):
+        optimizer.zero_grad()
+        alone = kind == "plain" and step == 4 and rank == 0
+        if step not in (1, 3) and not alone:
+            loss_of(model, step, rank).backward()
+        optimizer.step()
+    assert agent.flush(20)
+    agent.close()
+    return math.isnan(agent.last.pre_norm)
+
+
 def killed(rank, world):
     """Every rank dies of SIGKILL while the store cannot be reached; rank 1 had lost its loss."""
     model = mlp()

@@ -8,6 +8,7 @@ that there is something to see: one batch with a corrupt image, one that was sca
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 import gradwatch
 from gradwatch.config import redact
 from gradwatch_monitor import Recommendation, Store, recommend
+from gradwatch_monitor.ratio import clip_ratio
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,7 +117,7 @@ def _train(
     per_epoch = -(-len(labels) // BATCH)
     total = epochs * per_epoch
     corrupt, misscaled = int(CORRUPT_AT * total), int(MISSCALED_AT * total)
-    clipped = step = 0
+    clipped = finite = step = 0
     progress = Progress(
         TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
         BarColumn(),
@@ -141,8 +143,10 @@ def _train(
                 step += 1
                 if (last := agent.last) is not None:
                     clipped += last.clipped
+                    finite += math.isfinite(last.pre_norm)
+                    ratio = clip_ratio(clipped, finite)
                     live = (
-                        f"norm {last.pre_norm:7.3f}  clipped {clipped / step:4.0%}  "
+                        f"norm {last.pre_norm:7.3f}  clipped {'–' if ratio is None else f'{ratio:4.0%}'}  "
                         f"loss {last.loss:6.3f}"
                     )
                     progress.update(task, advance=1, epoch=epoch, live=live)

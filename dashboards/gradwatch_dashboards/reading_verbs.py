@@ -27,6 +27,7 @@ from gradwatch_dashboards.terminal import (
     progress,
     when,
 )
+from gradwatch_dashboards.words import without_gradient
 
 if TYPE_CHECKING:
     from gradwatch_monitor.store import Event, Finding, Run, Store, Summary
@@ -130,7 +131,6 @@ def _show(
     found: Run, status: str, summary: Summary, findings: list[Finding], events: list[Event]
 ) -> None:
     table = Table(box=None, show_header=False, title=escape(found.name), title_justify="left")
-    ratio = summary.clip_ratio
     steps = f"{summary.taken:,}"
     if summary.steps != summary.taken:
         steps += f", of which {summary.steps:,} are in the store, and counted here"
@@ -144,7 +144,7 @@ def _show(
         ("metrics", (found.ended_at is None and found.metrics_url) or "–"),
         ("steps", steps),
         ("last step", "–" if summary.last_time is None else _age(summary.last_time, found)),
-        ("clipped", f"{summary.clipped:,}" + (f" ({100 * ratio:.1f} %)" if ratio else "")),
+        ("clipped", _clipped(summary)),
         ("NaN or inf", f"{summary.nonfinite:,}"),
         ("skipped", f"{summary.skipped:,} ({summary.amp_overflows:,} AMP overflows)"),
         ("last finite norm", number(summary.last_pre_norm)),
@@ -153,12 +153,25 @@ def _show(
     ):
         table.add_row(label, escape(str(value)))
     out.print(table)
+    if summary.no_gradient:
+        out.print(f"\n{without_gradient(summary.no_gradient)}.")
     for finding in findings:
         out.print(f"\n{finding.severity}: {escape(finding.message)} {escape(finding.advice)}")
     if events:
         out.print("\nlatest events")
         for event in events:
             out.print(f"  step {event.step:>7}  {event.severity:8}  {escape(event.message)}")
+
+
+def _clipped(summary: Summary) -> str:
+    """How many steps were clipped, and the clip ratio; a dash where no step has a finite norm."""
+    ratio = summary.clip_ratio
+    if ratio is None:
+        return "–"
+    told = f"{summary.clipped:,} ({100 * ratio:.1f} %)" if ratio else "0"
+    if summary.finite == summary.steps:
+        return told
+    return f"{told}, of {summary.finite:,} steps with a finite gradient norm"
 
 
 def recommend(

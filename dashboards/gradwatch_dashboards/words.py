@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 
-__all__ = ["BAND", "VERDICTS", "WINDOW", "last_step"]
+__all__ = ["BAND", "VERDICTS", "WINDOW", "last_step", "without_gradient"]
 
 BAND = (0.10, 0.30)  # of the clip ratio
 WINDOW = 100  # steps
@@ -39,3 +39,9 @@ def last_step(taken: float | None, *, going_on: bool, now: float | None = None) 
     if ago < _MINUTES_FROM:
         return f"{ago:.0f} s ago"
     return f"{ago / 60:.0f} min ago" if ago < _HOURS_FROM else f"{ago / 3600:.0f} h ago"
+
+
+def without_gradient(steps: int) -> str:
+    """How many steps had no gradient, and what that may come from."""
+    count = "1 step" if steps == 1 else f"{steps:,} steps"
+    return f"{count} had no gradient: backward() was not called, or every parameter was frozen"

@@ -13,6 +13,7 @@ from gradwatch.cells import UNKNOWN
 from gradwatch.errors import ConfigurationError, NotControllableError
 from gradwatch.policies import ClipNorm, Policy, TargetRatio, build
 from gradwatch.summaries import Distribution, merge
+from gradwatch_monitor.ratio import clip_ratio
 from gradwatch_monitor.timeline import Blocks
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ class Outcome:
     """What came of a change: the clip ratio from its step to the next change's, or to now.
 
     `would` is the share that a constant would have clipped of the steps before it (None of a policy
-    that moves its threshold), `stated` what was promised where it was recommended. `ratio` is None
-    before `AT_LEAST` steps.
+    that moves its threshold), `stated` what was promised where it was recommended. `steps` are those
+    with a finite norm; `ratio` is None before `AT_LEAST` of them.
     """
 
     applied: Applied
@@ -308,15 +309,15 @@ def outcomes(
     *,
     blocks: Blocks | None = None,
 ) -> list[Outcome]:
-    """What came of each change, over the steps with a finite norm above 0.
+    """What came of each change, over the steps with a finite norm.
 
     `blocks` are those of the steps that are not among the others; no change falls into one.
     """
-    usable = np.isfinite(pre_norm) & (pre_norm > 0)
+    usable = np.isfinite(pre_norm)
     step, pre_norm, clipped = step[usable], pre_norm[usable], clipped[usable]
     old = Blocks.none() if blocks is None else blocks
     first = old.column("first_step")
-    count = old.column("finite") - old.column("zeros")
+    count = old.column("finite")
     found = []
     ends = [*(change.step for change in changes), _END][1:]
     for change, end in zip(changes, ends, strict=True):
@@ -328,7 +329,7 @@ def outcomes(
             Outcome(
                 change,
                 steps,
-                both / steps if steps >= AT_LEAST else None,
+                clip_ratio(both, steps) if steps >= AT_LEAST else None,
                 _share(change.new, pre_norm[before], past) if _is_constant(change) else None,
                 Stated.read(change.reason),
             )
@@ -344,8 +345,9 @@ def _is_constant(change: Applied) -> bool:
 def _share(threshold: float | None, norms: np.ndarray[Any, Any], past: Blocks) -> float | None:
     """Of the norms before, those above a threshold."""
     values, weights = merge(past.histograms)
-    every = np.concatenate([values, norms])
-    if not threshold or not len(every):
-        return None
-    weights = np.concatenate([weights, np.ones(len(norms), np.int64)])
-    return float(Distribution(every, weights).share(threshold))
+    zeros = int(past.column("zeros").sum())  # which are in no histogram
+    every = Distribution(
+        np.concatenate([[0.0], values, norms]),
+        np.concatenate([[zeros], weights, np.ones(len(norms), np.int64)]),
+    )
+    return float(every.share(threshold)) if threshold and every.count else None

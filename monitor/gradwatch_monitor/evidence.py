@@ -264,12 +264,14 @@ class Evidence:
         return np.array([phase.quantile(0.5) for phase in self._phases])
 
 
-def _moves(stretch: Stretch, ratio_of: Callable[[Stretch], float]) -> float:
+def _moves(stretch: Stretch, ratio_of: Callable[[Stretch], float | None]) -> float:
     """The standard deviation of a ratio over eight windows, less what chance alone makes.
 
     A window of n independent steps of which a share p is clipped has the variance p(1-p)/n.
     """
-    ratio = ratio_of(stretch)
-    by_chance = ratio * (1 - ratio) * _WINDOWS / max(1, stretch.count)
-    variance = float(np.var([ratio_of(window) for window in stretch.windows(_WINDOWS)]))
+    ratio = ratio_of(stretch) or 0.0
+    by_chance = ratio * (1 - ratio) * _WINDOWS / max(1, stretch.finite)
+    # A window without a finite norm has no ratio: it is not one in which nothing is clipped.
+    ratios = [ratio_of(window) or 0.0 for window in stretch.windows(_WINDOWS) if window.finite]
+    variance = float(np.var(ratios)) if ratios else 0.0
     return math.sqrt(max(0.0, variance - by_chance))

@@ -26,6 +26,7 @@ from gradwatch.summaries import (
 )
 from gradwatch_monitor.diagnose import concluded, signs, window_of
 from gradwatch_monitor.diagnosis.rates import STILL, relative_to_norm
+from gradwatch_monitor.ratio import clip_ratio
 from gradwatch_monitor.timeline import Blocks
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ __all__ = ["COLUMNS", "History", "Losses", "Stretch", "facts", "first_of"]
 COLUMNS = ("pre_norm", "threshold", "clipped", "nonfinite", "loss")
 
 _OF_BLOCKS = (
-    "clipped", "nonfinite", "threshold", "threshold_min", "threshold_max", "loss_min", "loss_max",
-    "spike", "burst",
+    "finite", "zeros", "clipped", "nonfinite", "threshold", "threshold_min", "threshold_max",
+    "loss_min", "loss_max", "spike", "burst",
 )  # fmt: skip
 Array = np.ndarray[Any, Any]
 _LOSSES = 50  # below which nothing is said of them
@@ -129,7 +130,7 @@ class History:
         return self.since(since).quantile(q)
 
     def ratio(self, threshold: float, since: float = 0.0) -> float:
-        """The share of these norms above a threshold."""
+        """The share of the finite norms, those of 0 too, that are above a threshold."""
         return self.since(since).ratio(threshold)
 
     def windows(self, n: int, since: float = 0.0) -> list[Stretch]:
@@ -279,19 +280,39 @@ class Stretch:
         """A quantile of them; NaN where there are none."""
         return self.distribution.quantile(q)
 
+    @functools.cached_property
+    def every(self) -> Distribution:
+        """All its finite norms, those of 0 too: what a clip ratio is of."""
+        exact = self.history.pre_norm[slice(*self.exact)]
+        zeros = int(self.column("zeros").sum()) + int((exact == 0).sum())
+        if not zeros:
+            return self.distribution
+        values, weights = merge(self._histograms)
+        return Distribution(
+            np.concatenate([[0.0], values, self.norms]),
+            np.concatenate([[zeros], weights, np.ones(len(self.norms), np.int64)]),
+        )
+
+    @functools.cached_property
+    def finite(self) -> int:
+        """How many of its steps have a finite norm."""
+        exact = self.history.pre_norm[slice(*self.exact)]
+        return int(self.column("finite").sum()) + int(np.isfinite(exact).sum())
+
     def ratio(self, threshold: float) -> float:
-        """The share of them above a threshold."""
-        return float(self.distribution.share(threshold))
+        """The clip ratio that a constant threshold would have had; 0 without a finite norm."""
+        return float(self.every.share(threshold))
 
     @property
-    def clip_ratio(self) -> float:
-        """The share of its steps that were clipped."""
-        return self._share("clipped", self.clipped)
+    def clip_ratio(self) -> float | None:
+        """Its clipped steps over those with a finite norm; None without such a step."""
+        return clip_ratio(int(self.column("clipped").sum() + self.clipped.sum()), self.finite)
 
     @property
     def nonfinite_ratio(self) -> float:
         """The share of its steps with a NaN or inf in the gradient."""
-        return self._share("nonfinite", self.nonfinite)
+        total = int(self.column("nonfinite").sum()) + int(self.nonfinite.sum())
+        return total / self.steps if self.steps else 0.0
 
     @functools.cached_property
     def thresholds(self) -> tuple[float, float]:
@@ -336,10 +357,6 @@ class Stretch:
         # In the array's own type: else all of it is converted.
         start, stop = np.searchsorted(every.block, np.array(self.over, every.block.dtype))
         return Histograms(*(array[start:stop] for array in every))
-
-    def _share(self, name: str, exact: Array) -> float:
-        total = int(self.column(name).sum()) + int(exact.sum())
-        return total / self.steps if self.steps else 0.0
 
 
 def facts(

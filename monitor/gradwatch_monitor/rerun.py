@@ -38,7 +38,10 @@ def rescales(optimizer: str) -> bool:
 
 
 class Rerun(Protocol):
-    """A further run, after the first `burn_in` of its steps."""
+    """A further run, after the first `burn_in` of its steps.
+
+    Shares are clip ratios: of the steps that have a finite norm.
+    """
 
     def share(self, threshold: float) -> float:
         """Of its steps, those clipped at a constant threshold."""
@@ -72,7 +75,8 @@ class Same:
 
     def threshold(self, share: float) -> float:
         """The constant that clips this share; NaN without norms."""
-        return self._late.quantile(1.0 - share)
+        least = self._late.quantile(0.0)  # no threshold is 0, as the quantile may be
+        return max(least, self._late.every.quantile(1.0 - share))
 
     def known(self, threshold: float) -> float:  # noqa: ARG002
         """All of them."""
@@ -84,6 +88,8 @@ class Repaced:
 
     def __init__(self, history: History, burn_in: float) -> None:
         self._burn_in = burn_in
+        late = history.since(burn_in)
+        self._above_zero = late.count / late.finite if late.finite else 1.0  # the others never clip
         norms, weights, held, window = _windows(history)
         starts = np.flatnonzero(np.diff(window, prepend=-1))
         self._steps = np.add.reduceat(weights, starts)
@@ -104,7 +110,8 @@ class Repaced:
         over, beyond = self._time(threshold)
         shares = self._above(threshold)[0]
         last = shares[-max(1, len(shares) // 10) :].mean()  # what comes after the record goes on so
-        return float((over @ shares + beyond * last) / (over.sum() + beyond))
+        of_these = float((over @ shares + beyond * last) / (over.sum() + beyond))
+        return of_these * self._above_zero
 
     def threshold(self, share: float) -> float:
         """The constant that clips this share, by bisection."""

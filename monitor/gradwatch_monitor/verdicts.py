@@ -120,7 +120,7 @@ def _held_down(seen: Evidence, band: tuple[float, float]) -> Judgement | None:
     """SGD clipped beyond the band, where that is what makes its learning rate bearable."""
     ratio = seen.late.clip_ratio if seen.late_ratio is None else seen.late_ratio
     stride = seen.stride(seen.tau)
-    if ratio <= band[1] or not stride > _STRIDE:
+    if ratio is None or ratio <= band[1] or not stride > _STRIDE:
         return None
     at = f" at {seen.held:g}" if seen.held else ""
     return "fix_training", _kept(seen), [

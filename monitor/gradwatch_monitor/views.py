@@ -13,14 +13,15 @@ from gradwatch_monitor.applying import outcomes
 from gradwatch_monitor.diagnose import concluded
 from gradwatch_monitor.evidence import BURN_IN
 from gradwatch_monitor.history import COLUMNS, History, facts, first_of
+from gradwatch_monitor.ratio import clip_ratios
 from gradwatch_monitor.stalls import status
 from gradwatch_monitor.timeline import RECENT, Blocks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from gradwatch.summaries import Distribution
     from gradwatch_monitor.applying import Applied, Outcome
+    from gradwatch_monitor.history import Stretch
     from gradwatch_monitor.rows import Event, Finding
     from gradwatch_monitor.store import Run, Store
 
@@ -114,9 +115,9 @@ class Timeline:
         )
 
     @property
-    def norms(self) -> Distribution:
-        """The norms that are finite and above 0, after the first fifth: as `recommend` sees them."""
-        return self._history().since(BURN_IN).distribution
+    def late(self) -> Stretch:
+        """The run after its first fifth, as `recommend` sees it."""
+        return self._history().since(BURN_IN)
 
     def at(self, steps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
         """Where points of these steps stand; None where they are evenly apart, as of each step."""
@@ -139,7 +140,8 @@ class Timeline:
             elif name == "time":
                 ends = block("last_time"), block("last_time")
             elif column.dtype == bool:  # of the least value, where all are; of the greatest, any
-                ends = block(name) == block("steps"), block(name) > 0
+                every = block("finite" if name == "clipped" else "steps")
+                ends = (block(name) == every) & (every > 0), block(name) > 0
             elif name == "lr":  # not summarised
                 ends = (np.full(len(block("steps")), np.nan),) * 2
             else:
@@ -245,20 +247,33 @@ def window_of(timeline: Timeline, window: int) -> int:
 
 
 def clip_ratio(timeline: Timeline, window: int, points: int = 1500) -> pd.DataFrame:
-    """Step and clip_ratio: the share of clipped steps among the last `window`, once that many.
+    """Step and clip_ratio: that of the last `window` steps, from the step on that has so many.
 
-    Of a block it is the share in the block, at its last step; see `window_of`.
+    Of a block it is the block's, at its last step; see `window_of`. Where none of these steps has a
+    finite norm there is a gap; where none of the run's has, the frame is empty.
     """
-    clipped = timeline["clipped"].astype(np.float64)
-    total = np.concatenate([[0.0], np.cumsum(clipped)])
-    recent = (total[window:] - total[:-window]) / window if len(clipped) >= window else total[:0]
+    clipped, finite = (
+        _rolling_sum(flags, window)
+        for flags in (timeline["clipped"], np.isfinite(timeline["pre_norm"]))
+    )
     block = timeline.blocks.column
-    steps = np.concatenate([block("last_step"), timeline["step"][len(clipped) - len(recent) :]])
-    ratio = np.concatenate([block("clipped") / block("steps"), recent])
+    recent = timeline["step"][len(timeline["step"]) - len(clipped) :]
+    steps = np.concatenate([block("last_step"), recent])
+    ratio = clip_ratios(
+        np.concatenate([block("clipped"), clipped]), np.concatenate([block("finite"), finite])
+    )
+    if not np.isfinite(ratio).any():
+        return _nothing("clip_ratio")
     keep = thin(ratio, points, timeline.at(steps))
     if timeline.blocks.steps:
         return pd.DataFrame({"step": steps[keep], "clip_ratio": ratio[keep]})
     return _frame(timeline, {"step": steps, "clip_ratio": ratio}, keep, points)
+
+
+def _rolling_sum(flags: np.ndarray[Any, Any], window: int) -> np.ndarray[Any, Any]:
+    """How many of each `window` in a row are set."""
+    total = np.concatenate([[0], np.cumsum(flags)])
+    return np.asarray(total[window:] - total[:-window] if len(flags) >= window else total[:0])
 
 
 def loss_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
@@ -293,30 +308,30 @@ def _line_chart(timeline: Timeline, name: str, points: int) -> pd.DataFrame:
 
 
 def what_if(timeline: Timeline, threshold: float) -> tuple[float, int]:
-    """The share of the norms above a threshold, and how many there are.
+    """The clip ratio at a threshold, and of how many steps it is.
 
-    Of those that a recommendation rests on: finite, above 0, after the run's first fifth.
+    They are those with a finite norm after the run's first fifth, which a recommendation rests on.
     """
-    norms = timeline.norms
-    return float(norms.share(threshold)), norms.count
+    late = timeline.late
+    return late.ratio(threshold), late.finite
 
 
 def what_if_curve(
     timeline: Timeline, points: int = 200, include: Sequence[float | None] = ()
 ) -> pd.DataFrame:
-    """Threshold and clip_ratio over the range of the norms, evenly spaced on a log axis.
+    """Threshold and clip_ratio over the range of the norms above 0, evenly spaced on a log axis.
 
-    The norms are those of `what_if`.
+    The steps are those of `what_if`.
     `include` are thresholds that are to be among them, where they are within the range.
     """
-    norms = timeline.norms
-    if not norms.count:
+    late = timeline.late
+    if not late.count:
         return pd.DataFrame({"threshold": np.empty(0), "clip_ratio": np.empty(0)})
-    least, greatest = norms.range
+    least, greatest = late.distribution.range
     grid = np.geomspace(least * 0.9, greatest * 1.1, points)
     extra = [value for value in include if value and grid[0] <= value <= grid[-1]]
     grid = np.unique([*(float(f"{value:.3g}") for value in grid), *extra])
-    return pd.DataFrame({"threshold": grid, "clip_ratio": norms.share(grid)})
+    return pd.DataFrame({"threshold": grid, "clip_ratio": late.every.share(grid)})
 
 
 def events_table(store: Store, run_id: int, limit: int = 500) -> pd.DataFrame:

@@ -281,8 +281,8 @@ def test_gradients_that_come_and_go(queue):
     assert greatest_difference(ours, theirs) < 1e-6
     assert agent.flush()
     assert [r.step for r in sink.steps] == list(range(30))
-    assert sink.steps[17].pre_norm == 0.0
-    assert [e.step for e in sink.events if e.kind == "dead_gradient"] == [17]
+    assert [r.step for r in sink.steps if math.isnan(r.pre_norm)] == [17]
+    assert [e for e in sink.events if e.kind == "dead_gradient"] == []
 
 
 def test_an_exception_inside_a_step_leaves_nothing_behind(queue):

@@ -38,8 +38,8 @@ def test_show_equals_sql(run):
     status, text, _ = run("show", "first", "--json")
     shown = json.loads(text)
     with sqlite3.connect("gradwatch.db") as connection:
-        steps, clipped, nonfinite = connection.execute(
-            "SELECT count(*), sum(clipped), sum(nonfinite) FROM steps"
+        steps, finite, clipped, nonfinite = connection.execute(
+            "SELECT count(*), count(pre_norm), sum(clipped), sum(nonfinite) FROM steps"
         ).fetchone()
     assert status == 1  # a NaN is a finding
     assert (shown["stored_steps"], shown["clipped"], shown["nonfinite"]) == (
@@ -47,10 +47,10 @@ def test_show_equals_sql(run):
         clipped,
         nonfinite,
     )
-    assert shown["clip_ratio"] == clipped / steps
+    assert shown["clip_ratio"] == clipped / finite
     assert shown["events"][0]["data"]["parameters"] == {"2.weight": "nan"}
     status, text, _ = run("show", "first")
-    assert f"{clipped:,} ({100 * clipped / steps:.1f} %)" in text
+    assert f"{clipped:,} ({100 * clipped / finite:.1f} %), of {finite:,} steps" in text
     assert "it entered at 2.weight" in text
 
 

@@ -48,13 +48,13 @@ def test_the_page_says_what_sql_says(run):
     assert text.startswith(f"Report: {path} (")
     page = Page(path.read_text())
     with sqlite3.connect("gradwatch.db") as connection:
-        steps, clipped, uid = connection.execute(
-            "SELECT count(*), sum(clipped), uid FROM steps JOIN runs ON id = run_id"
+        steps, finite, clipped, uid = connection.execute(
+            "SELECT count(*), count(pre_norm), sum(clipped), uid FROM steps JOIN runs ON id = run_id"
         ).fetchone()
     with Store() as store:
         made = recommend(store, 1)
     for words in (
-        f"steps {steps:,} clipped {100 * clipped / steps:.1f} %", "NaN or inf 1", uid,
+        f"steps {steps:,} clipped {100 * clipped / finite:.1f} %", "NaN or inf 1", uid,
         made.sentence, *made.reasons, "it entered at 2.weight", "optimizer AdamW", "tag lr 0.001",
         "gradient norm (log scale)", "clip ratio", "band 10–30 %", "learning rate", "loss",
         "would have been clipped", "norm spike", "No threshold was applied",

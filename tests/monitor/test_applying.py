@@ -101,9 +101,9 @@ def test_what_is_in_force_is_not_applied_again():
 
 
 def test_outcomes_are_numpys():
-    """Shares before and after each change, over finite norms above 0, steps missing or not."""
+    """Shares before and after each change, over finite norms, steps missing or not."""
     norms = lognormal(1000, middle=2.0)
-    norms[[100, 101, 500]] = np.nan, 0.0, np.inf
+    norms[[100, 101, 500, 501]] = np.nan, 0.0, np.inf, 0.0
     step = np.arange(1000) + np.where(np.arange(1000) > 300, 50, 0)  # 50 were lost
     threshold = np.select([step < 200, step < 700], [1.0, 3.0], 2.5)
     clipped = np.isfinite(norms) & (norms > threshold)
@@ -112,7 +112,7 @@ def test_outcomes_are_numpys():
     second = change(2, step=700, old=3.0, new=2.5)
     last = change(3, step=1040, old=2.5, new=9.0, reason=promise)
     found = outcomes([first, second, last], step, norms, clipped)
-    good = np.isfinite(norms) & (norms > 0)
+    good = np.isfinite(norms)
     for outcome, start, stop in zip(found, (200, 700, 1040), (700, 1040, 2000), strict=True):
         since = good & (step >= start) & (step < stop)
         assert outcome.steps == since.sum()

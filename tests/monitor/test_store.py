@@ -98,12 +98,12 @@ def test_summary_equals_sql():
     write_run(nan_at=(3, 299))
     with Store("gradwatch.db") as store:
         summary = store.summary(1)
-    ((steps, clipped, nonfinite, skipped),) = query(
-        "SELECT count(*), sum(clipped), sum(nonfinite), sum(skipped) FROM steps"
+    ((steps, finite, clipped, nonfinite, skipped),) = query(
+        "SELECT count(*), count(pre_norm), sum(clipped), sum(nonfinite), sum(skipped) FROM steps"
     )
-    assert (summary.steps, summary.clipped) == (steps, clipped)
+    assert (summary.steps, summary.finite, summary.clipped) == (steps, finite, clipped)
     assert (summary.nonfinite, summary.skipped, summary.amp_overflows) == (nonfinite, skipped, 0)
-    assert summary.clip_ratio == clipped / steps
+    assert summary.clip_ratio == clipped / finite
     assert summary.last_step == 299
     ((norm,),) = query("SELECT pre_norm FROM steps WHERE step = 298")
     assert summary.last_pre_norm == norm

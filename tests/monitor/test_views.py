@@ -111,10 +111,13 @@ def test_the_what_if_curve_agrees_with_what_if(timeline):
 
 
 def test_the_rolling_clip_ratio(timeline):
-    """The share among the last 100 steps, from the hundredth on."""
+    """Of the last 100 steps, those with a finite norm; from the hundredth step on."""
     frame = views.clip_ratio(timeline, 100, points=10_000)
-    clipped = timeline["clipped"].astype(float)
-    expected = np.convolve(clipped, np.ones(100) / 100, mode="valid")
+    clipped, finite = (
+        np.convolve(flags, np.ones(100), mode="valid")
+        for flags in (timeline["clipped"], np.isfinite(timeline["pre_norm"]))
+    )
+    expected = clipped / finite
     assert frame["step"].tolist() == list(range(99, 1200))
     np.testing.assert_allclose(frame["clip_ratio"], expected)
     assert views.clip_ratio(timeline, 5000).empty

@@ -11,7 +11,7 @@ from gradwatch.errors import RunNotFoundError
 from gradwatch_dashboards.terminal import number
 from gradwatch_dashboards.web import charts, control
 from gradwatch_dashboards.web.source import badge, open_store, plain, tell_malformed, telling
-from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW, last_step
+from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW, last_step, without_gradient
 from gradwatch_monitor import Run, diagnose, views
 from gradwatch_monitor.applying import applied, in_force
 from gradwatch_monitor.diagnose import ended
@@ -82,6 +82,8 @@ def heading(run: Run, summary: Summary) -> None:
         for label, value in values.items():
             told = "The last finite one." if label.startswith("Last") else None
             st.metric(label, value, help=told, width="content")
+    if summary.no_gradient:
+        st.caption(plain(f"{without_gradient(summary.no_gradient)}."))
 
 
 @telling()
@@ -185,7 +187,8 @@ def page(run_id: int) -> None:
         for name in ("threshold", "offered"):
             st.session_state.pop(name, None)
     timeline.refresh(store)
-    heading(run, store.summary(run_id))
+    summary = store.summary(run_id)
+    heading(run, summary)
     findings(run_id)
     if not len(timeline):
         st.info("This run has not stored a step yet.")
@@ -209,8 +212,10 @@ def page(run_id: int) -> None:
         ratios = views.clip_ratio(timeline, window)
         if len(ratios):
             st.altair_chart(charts.clip_ratio(ratios, window, BAND, last, marks))
-        else:
+        elif summary.finite:
             st.caption(f"From {window} steps on.")
+        else:
+            st.caption("No step has a finite gradient norm.")
     with right:
         loss(timeline, events, marks, broken)
     left, right = st.columns(2)

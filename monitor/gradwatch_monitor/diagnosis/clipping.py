@@ -39,9 +39,9 @@ def clipping_most_steps(window: Window) -> Sign | None:
 
 def _clipped(window: Window, finding: str, at_least: float) -> Sign | None:
     recent = window.last(_RECENT).held
-    if len(recent) < _AT_LEAST or not math.isfinite(recent.constant):
+    if recent.finite.sum() < _AT_LEAST or not math.isfinite(recent.constant):
         return None
-    share = float(recent.clipped.mean())
+    share = recent.clip_ratio
     if not share:
         return None
     if rescales(recent.optimizer):
@@ -56,13 +56,20 @@ def _clipped(window: Window, finding: str, at_least: float) -> Sign | None:
         meaning = "the threshold has a part in most steps, and guards against nothing unusual"
     return Sign(
         finding, "warning", share / at_least, recent.span(recent.clipped),
-        f"{100 * share:.0f} % of the last {len(recent)} steps were clipped at "
-        f"{recent.constant:g}: {meaning}",
+        f"{100 * share:.0f} % of {_steps(recent)} were clipped at {recent.constant:g}: {meaning}",
         "gradwatch recommend names a threshold near the top of the usual norms. If the loss is "
         "unsteady without it, the learning rate is too high or the initialisation bad.",
         "rule of thumb: a threshold belongs near the top of the normal range",
         {"share": share, "threshold": recent.constant},
     )  # fmt: skip
+
+
+def _steps(recent: Window) -> str:
+    """The steps that a clip ratio is of, in words."""
+    finite = int(recent.finite.sum())
+    if finite == len(recent):
+        return f"the last {finite} steps"
+    return f"the {finite} steps with a finite norm among the last {len(recent)}"
 
 
 def threshold_never_reached(window: Window) -> Sign | None:
@@ -96,16 +103,16 @@ def value_taken_for_a_norm(window: Window) -> Sign | None:
     """ClipValue at what would be a norm's threshold: no element ever comes near it."""
     limit = window.policy.get("clip_value")
     recent = window.last(_RECENT)
-    if window.policy.get("policy") != "ClipValue" or not limit or len(recent) < _AT_LEAST:
+    finite, share = int(recent.finite.sum()), recent.clip_ratio
+    if window.policy.get("policy") != "ClipValue" or not limit or finite < _AT_LEAST:
         return None
-    above = float((recent.pre_norm > limit).mean())
-    if above <= 0.0 or float(recent.clipped.mean()) > 0.01:
+    above = float((recent.pre_norm > limit).sum()) / finite
+    if above <= 0.0 or share is None or share > 0.01:
         return None
     return Sign(
         "value_taken_for_a_norm", "warning", above / 0.1, recent.span(),
-        f"{100 * above:.0f} % of the last {len(recent)} norms are above {limit:g}, but "
-        f"ClipValue({limit:g}) bounds each element, and "
-        f"changed {100 * float(recent.clipped.mean()):.0f} % of the steps",
+        f"{100 * above:.0f} % of the last {finite} norms are above {limit:g}, but "
+        f"ClipValue({limit:g}) bounds each element, and changed {100 * share:.0f} % of the steps",
         f"ClipNorm({limit:g}) bounds the norm; a bound by value has to be of the elements' size.",
         "torch.nn.utils.clip_grad_value_ against clip_grad_norm_",
         {"clip_value": limit, "above": above},
@@ -129,12 +136,12 @@ def clipping_keeps_it_alive(window: Window) -> Sign | None:
     usual = float(np.median(known))
     if usual > recent.constant * 3:  # the threshold is low, the norms need not be wild
         return None
-    share = float(far.mean())
+    share = float(far.sum()) / len(known)
     if share <= 0:
         return None
     return Sign(
         "clipping_keeps_it_alive", "warning", share / 0.01, recent.span(far),
-        f"{100 * share:.1f} % of the last {len(recent)} norms are more than {_FAR_ABOVE:g} times "
+        f"{100 * share:.1f} % of the last {len(known)} norms are more than {_FAR_ABOVE:g} times "
         f"the threshold of {recent.constant:g}, the usual one is {usual:.3g}",
         "Clipping alone keeps this run going: lower the learning rate, or look at the "
         "initialisation and the architecture; keep the threshold meanwhile.",

@@ -58,9 +58,10 @@ def _dead(layers: LayerSamples) -> Sign | None:
     if not names or not (norms > 0).any():
         return None
     others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    sampled = int(there[:, layers.names.index(names[0])].sum())
     return Sign(
         "vanishing_gradients", "warning", 2.0, (int(layers.step[0]), int(layers.step[-1])),
-        f"the gradient of {names[0]}{others} is exactly 0 at each of {len(layers.step)} samples",
+        f"the gradient of {names[0]}{others} is exactly 0 at each of {sampled} samples",
         "It learns nothing: units that are dead or saturated for every input (a lower learning rate, "
         "another initialisation or activation), or a graph cut by detach() or no_grad().",
         "Lu et al. 2019, Dying ReLU and initialization, arXiv 1903.06733",

@@ -1,4 +1,4 @@
-"""Numbers that are none, gradients of 0, and a loss scaler in trouble."""
+"""Numbers that are none, gradients of 0 or absent, and a loss scaler in trouble."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ import numpy as np
 
 from gradwatch_monitor.diagnosis.window import Array, Rule, Sign, Window
 
-__all__ = ["RULES", "dead_gradient", "loss_scale_trouble", "nonfinite_gradient", "nonfinite_loss"]
+__all__ = [
+    "RULES",
+    "dead_gradient",
+    "loss_scale_trouble",
+    "no_gradient",
+    "nonfinite_gradient",
+    "nonfinite_loss",
+]
 
 _RECENT = 200  # steps after which what was seen counts no longer
 _FOR_GOOD = 10  # losses in a row that are NaN: it does not recover by itself
 _RUN_UP = 50  # steps in which a loss may have run away before it is NaN
+# A loop may leave backward() out now and then; one that alternates does so in every second step. It is
+# a fault where the greater part of so many steps has no gradient, or each of the last steps.
+_GREATER_PART, _OF_STEPS = 0.55, 200
+_IN_A_ROW, _FROM_THE_START = 500, 10
 _OVERFLOWS = 0.05  # of the steps; a scaler that looks for its scale doubles it every 2,000 steps
 
 
@@ -104,6 +115,32 @@ def dead_gradient(window: Window) -> Sign | None:
     )  # fmt: skip
 
 
+def no_gradient(window: Window) -> Sign | None:
+    """The greater part of the steps, or each of the last, had no gradient at all."""
+    absent = window.absent
+    count, steps = int(absent.sum()), len(window)
+    there = np.flatnonzero(~absent)
+    row = steps - (int(there[-1]) + 1 if len(there) else 0)  # so many at the end
+    strength = row / (_IN_A_ROW if len(there) else _FROM_THE_START)
+    if steps >= _OF_STEPS:
+        strength = max(strength, count / steps / _GREATER_PART)
+    if not strength:
+        return None
+    last = f", the last {row:,} among them," if len(there) and row >= _FROM_THE_START else ""
+    return Sign(
+        "no_gradient", "warning", strength, window.span(absent),
+        f"in {count:,} of the last {steps:,} steps{last} no parameter had a gradient, so that the "
+        "optimizer changed no parameter",
+        "Check that backward() is called before each step(), that the optimizer holds the parameters "
+        "of the model that is trained (not those of a copy), that they require gradients "
+        "(requires_grad), that no zero_grad() comes between backward() and step(), and that neither "
+        "detach() nor no_grad() cuts the graph between them and the loss.",
+        "PyTorch, Autograd mechanics: setting requires_grad; torch.optim.Optimizer.step leaves out "
+        "parameters whose grad is None",
+        {"steps": count, "share": count / steps, "in_a_row": row},
+    )  # fmt: skip
+
+
 def loss_scale_trouble(window: Window) -> Sign | None:
     """The loss scaler suppresses many steps, or has fallen to where it scales no longer."""
     scaled = np.isfinite(window.loss_scale)
@@ -128,4 +165,10 @@ def loss_scale_trouble(window: Window) -> Sign | None:
     )  # fmt: skip
 
 
-RULES: tuple[Rule, ...] = (nonfinite_loss, nonfinite_gradient, dead_gradient, loss_scale_trouble)
+RULES: tuple[Rule, ...] = (
+    nonfinite_loss,
+    nonfinite_gradient,
+    no_gradient,
+    dead_gradient,
+    loss_scale_trouble,
+)

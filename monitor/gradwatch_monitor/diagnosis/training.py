@@ -28,7 +28,7 @@ _BURST = math.log(4.0)  # log(q98 / median) within 100 steps
 _DRIFT = math.log(2.0)  # of the level, over the window
 _LEAST = 1e-12  # losses below it are 0
 _AGAIN = 0.5  # of the first loss: a loss that rises from near 0 by little is no explosion
-_NEARLY_ALL = 0.95  # of the steps
+_NEARLY_ALL = 0.95  # of the steps with a finite norm
 _GROWTH = math.log(3.0)  # of the weights, within the window
 _GRAVE = math.log(10.0)  # less is seen where a policy learns well: its loss rises with what it wins
 
@@ -190,7 +190,7 @@ def norm_drift(window: Window) -> Sign | None:
     if rise <= 0:
         return None
     low, high = math.exp(float(levels[0])), math.exp(float(levels[-1]))
-    already = float(window.clipped.mean()) > _NEARLY_ALL
+    already = (window.clip_ratio or 0.0) > _NEARLY_ALL
     meaning = (
         "Nearly every step is clipped already, so the steps taken are no longer for it. "
         if already

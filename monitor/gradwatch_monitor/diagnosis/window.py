@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from gradwatch_monitor.ratio import clip_ratio, without_gradient
+
 __all__ = ["Array", "Flags", "LayerSamples", "Rule", "Severity", "Sign", "Window", "usable"]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -60,6 +62,21 @@ class Window:
             if f.name in _A_STEP
         }
         return dataclasses.replace(self, **kept)
+
+    @property
+    def finite(self) -> Flags:
+        """Which steps have a finite gradient norm."""
+        return np.isfinite(self.pre_norm)
+
+    @property
+    def clip_ratio(self) -> float | None:
+        """Clipped steps over those with a finite norm; None without such a step."""
+        return clip_ratio(int(self.clipped.sum()), int(self.finite.sum()))
+
+    @property
+    def absent(self) -> Flags:
+        """Which steps had no gradient at all."""
+        return without_gradient(self.pre_norm, self.nonfinite, self.skipped)
 
     @property
     def optimizer(self) -> str:
