@@ -258,7 +258,8 @@ def _absent_by_block(
                 .where(r.step < min(part.stop, (int(row[-1]) + 1) * BLOCK))
                 .group_by(block)
             )
-            counted.update(dict(connection.execute(query).tuples().all()))
+            for number, steps in connection.execute(query):
+                counted[number] += steps
     return counted
 
 
