@@ -13,6 +13,7 @@ import torch
 
 from gradwatch._version import __version__
 from gradwatch.errors import ConfigurationError
+from gradwatch.listing import every
 from gradwatch.part import Part, sparse_refusal
 from gradwatch.policies import Policy, SkipSpikes
 from gradwatch.step_log import number
@@ -216,7 +217,7 @@ def describe(watches: Sequence[Watch], settings: Settings) -> dict[str, Any]:
     """What `runs.settings` says of this run: enough to read its numbers by, no secrets."""
     optimizers = [o for watch in watches if (o := watch.optimizer) is not None]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    params = [p for group in groups for p in group["params"]]
+    params = [param for optimizer in optimizers for param in every(optimizer)]
     policies = [part.policy for watch in watches for part in watch.hooks.parts]
     gains = [_gain(group) for group in groups]
     return {

@@ -86,7 +86,7 @@ class Channel:
         # Whether steps of the run are to be stored first; what keeps those from the store.
         self.held_back: Callable[[], bool] = lambda: False
         self.held_by: Callable[[], Exception | None] = lambda: None
-        self.parameters = parameters  # what the optimizer's parameters are called by now
+        self.parameters = parameters  # what the ring's metadata calls the parameters
         self.ring = ring
         self._peers = peers
         self.control = control

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import math
 import threading
-import weakref
 from collections import deque
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from gradwatch.listing import Listing, every
 from gradwatch.records import Measurement
 from gradwatch.scaling import CLIP_EPSILON, DIVISOR_LIMIT
 from gradwatch.shards import is_spread
 
 if TYPE_CHECKING:
+    import weakref
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from gradwatch.names import Named
     from gradwatch.part import Part
     from gradwatch.scaling import Carrier
     from gradwatch.treatment import OpenStep, Treatment
@@ -139,10 +141,11 @@ class Deferred:
         self._part = part
         self._carrier = carrier
         self._treat = treat
-        self._ids: list[int] = []  # of the parameters that had a gradient at the last step
-        # Held weakly: a parameter may own its optimizer, which must be free to go.
-        self._params: list[weakref.ref[Tensor]] = []
-        self._count = 0  # of the optimizer's parameters
+        # The parameters that had a gradient at the last step. They are held weakly: a parameter may
+        # own its optimizer, which must be free to go.
+        self._listing = Listing()
+        self._named: Named | None = None  # what they are called
+        self._listed: list[str] = []  # all that the optimizer lists
         self._states = 0  # of them that had a state at the last step
         self._suited = False  # whether these can be measured on one device
         self._free: list[_Slot] = []
@@ -169,18 +172,24 @@ class Deferred:
         if (mode == "skip" or policy.changes_gradients) and not self._carrier.can_fold(optimizer):
             return False
         params, grads = self._part.gradients(optimizer)
-        ids = list(map(id, params))
-        if ids != self._ids:
-            self._ids, self.warm = ids, False
-            every = _every(optimizer)
-            self._params, self._count = list(map(weakref.ref, params)), len(every)
-            self._suited = _suited([*grads, *every]) and bool(grads)
+        if self._listing.changed(params):
+            self.warm = False
+            self._suited = (
+                bool(grads)
+                # A kernel divides the gradient of a parameter that is listed twice at each mention.
+                and self._listing.first is None
+                and _suited([*grads, *every(optimizer)])
+            )
+            self._named, self._listed = None, []
         states, self._states = self._states, len(optimizer.state)
         if not self._suited or not self.warm or self._states < states:
             return False
+        if self._named is None:
+            self._named = self._treat.notices.named(params, optimizer)
         with torch.no_grad():
-            slot = self._slot(grads)
-            slot.step, slot.params, slot.has_loss = step, self._params, loss is not None
+            slot = self._slot(optimizer, step.number, grads)
+            slot.step, slot.params, slot.has_loss = step, self._listing.refs, loss is not None
+            step.named, step.listed = self._named, self._listed
             self._treat.note_changes(step, grads)
             self._measure(optimizer, slot, grads)
             scale, found_inf = self._carrier.left_by_scaler(optimizer)
@@ -230,13 +239,20 @@ class Deferred:
 
     # -- on the device -------------------------------------------------------------------------
 
-    def _slot(self, grads: Sequence[Tensor]) -> _Slot:
-        sizes = len(grads), self._count, grads[0].device
+    def _slot(self, optimizer: Optimizer, number: int, grads: Sequence[Tensor]) -> _Slot:
+        notices = self._treat.notices
+        sampled, with_weights = notices.samples(number)
+        if sampled or not self._listed:
+            self._listed = notices.listed(optimizer)
+        sizes = len(grads), len(self._listed), grads[0].device
         while self._free:
             slot = self._free.pop()
             if slot.fits(*sizes):
-                return slot
-        return _Slot(*sizes)
+                break
+        else:
+            slot = _Slot(*sizes)
+        slot.sampled, slot.with_weights = sampled, with_weights
+        return slot
 
     def _measure(self, optimizer: Optimizer, slot: _Slot, grads: list[Tensor]) -> None:
         """Norms in float64, in which no square of a float32 overflows or vanishes."""
@@ -244,9 +260,8 @@ class Deferred:
         norms = torch._foreach_norm(grads, norm_type, dtype=torch.float64)
         torch.stack(norms, out=slot.norms)
         torch.linalg.vector_norm(slot.norms, norm_type, out=slot.total)
-        slot.sampled, slot.with_weights = self._treat.notices.samples(slot.step.number)
         if slot.with_weights:
-            weights = torch._foreach_norm(_every(optimizer), 2.0, dtype=torch.float64)
+            weights = torch._foreach_norm(every(optimizer), 2.0, dtype=torch.float64)
             torch.stack(weights, out=slot.weights)
 
     def _unfit(self, slot: _Slot, found_inf: Tensor | None) -> Tensor:
@@ -304,10 +319,6 @@ class Deferred:
 
 def _on(device: torch.device, value: Tensor | None) -> Tensor | None:
     return None if value is None else value.to(device, non_blocking=True)
-
-
-def _every(optimizer: Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def on_a_device(optimizer: Optimizer) -> bool:

@@ -26,6 +26,7 @@ __all__ = [
     "decode",
     "encode_event",
     "encode_layers",
+    "encode_names",
     "grad_norm_spike",
     "layers_of",
     "loss_spike",
@@ -38,7 +39,8 @@ __all__ = [
 _NAMED = 3  # parameters spelled out in a message; all of them are in the data
 _MOST_NAMED = 4000  # parameters of one event, so that it fits the flight recorder
 _LAYERS = struct.Struct("<BBIq")  # tag, whether weight norms follow, how many, step
-_LAYERS_TAG = 1  # no JSON begins with it
+_LAYERS_TAG = 1  # no JSON begins with it, nor with
+_NAMED_LAYERS_TAG = 2  # names as JSON follow the norms
 _QUARTILES = 1.349  # standard deviations between the quartiles of a normal distribution
 
 
@@ -310,33 +312,52 @@ def encode_event(event: Event) -> bytes:
 
 
 def encode_layers(
-    step: int, grads: Sequence[float], weights: Sequence[float] | None = None
+    step: int,
+    grads: Sequence[float],
+    weights: Sequence[float] | None = None,
+    names: bytes | None = None,
 ) -> bytes:
     """One sample of the per-layer norms as the flight recorder keeps it; NaN where absent.
 
-    In binary, by the parameters' position in the optimizer: their names are in the recorder's
-    metadata, so a sample at every step costs next to nothing.
+    In binary, by the parameters' position among those that the recorder's metadata names, so a
+    sample at every step costs next to nothing. Where the optimizer has other parameters by now,
+    `names` (see `encode_names`) go with the sample: a position would be that of another parameter.
     """
-    head = _LAYERS.pack(_LAYERS_TAG, weights is not None, len(grads), step)
+    tag = _LAYERS_TAG if names is None else _NAMED_LAYERS_TAG
+    head = _LAYERS.pack(tag, weights is not None, len(grads), step)
     body = head + array("d", grads).tobytes()
-    return body if weights is None else body + array("d", weights).tobytes()
+    if weights is not None:
+        body += array("d", weights).tobytes()
+    return body if names is None else body + names
 
 
-def layers_of(payload: bytes) -> tuple[int, list[float], list[float] | None] | None:
-    """Step, gradient norms and weight norms of what `encode_layers` wrote; None for anything else."""
-    if payload[:1] != bytes([_LAYERS_TAG]):
+def layers_of(
+    payload: bytes,
+) -> tuple[int, list[float], list[float] | None, list[str] | None] | None:
+    """Step, gradient norms, weight norms and names of what `encode_layers` wrote.
+
+    None for anything else. Weight norms and names are None where the sample has none.
+    """
+    if payload[:1] not in {bytes([_LAYERS_TAG]), bytes([_NAMED_LAYERS_TAG])}:
         return None
-    _, with_weights, count, step = _LAYERS.unpack_from(payload)
-    values = array("d")
-    values.frombytes(payload[_LAYERS.size :])
-    if len(values) != count * (1 + with_weights):
-        msg = f"{len(values)} norms of {count} parameters"
+    tag, with_weights, count, step = _LAYERS.unpack_from(payload)
+    end = _LAYERS.size + count * (1 + with_weights) * 8
+    if len(payload) < end or (tag == _LAYERS_TAG and len(payload) > end):
+        msg = f"{len(payload)} bytes for the norms of {count} parameters"
         raise ValueError(msg)
+    values = array("d")
+    values.frombytes(payload[_LAYERS.size : end])
     numbers = values.tolist()
-    return step, numbers[:count], numbers[count:] if with_weights else None
+    names = [str(n) for n in json.loads(payload[end:])] if tag == _NAMED_LAYERS_TAG else None
+    return step, numbers[:count], numbers[count:] if with_weights else None, names
 
 
-def _encode(body: Mapping[str, Any]) -> bytes:
+def encode_names(names: Sequence[str]) -> bytes:
+    """The parameters' names as a sample carries them."""
+    return _encode(list(names))
+
+
+def _encode(body: Mapping[str, Any] | list[str]) -> bytes:
     # What is no text in UTF-8 (a file name may not be) becomes a question mark: no database
     # would take it.
     text = json.dumps(body, separators=(",", ":"), default=str, ensure_ascii=False)
@@ -346,12 +367,14 @@ def _encode(body: Mapping[str, Any]) -> bytes:
 def decode(payload: bytes, names: Sequence[str] = ()) -> Event | LayerNorms | None:
     """What `encode_event` or `encode_layers` wrote; None for anything else.
 
-    `names` are the optimizer's parameters; one that has none is called by its position.
+    `names` are the parameters that the recorder's metadata names; one that has none is called by
+    its position.
     """
     try:
         if (layers := layers_of(payload)) is not None:
-            step, grads, weights = layers
+            step, grads, weights, own = layers
             count = len(grads)
+            names = names if own is None else own
             named = [*names[:count], *(f"parameter{i}" for i in range(len(names), count))]
             return LayerNorms(step, named, grads, weights or [math.nan] * count)
         body: dict[str, Any] = json.loads(payload)

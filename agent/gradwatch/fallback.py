@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gradwatch.policies import ClipValue
+from gradwatch.scaling import real_parts
 from gradwatch.shards import full
 
 if TYPE_CHECKING:
@@ -45,10 +46,18 @@ def clip_plainly(
 def _clip(optimizer: Optimizer, parts: list[Part], carrier: Carrier, *, skip: bool) -> list[str]:
     scale = carrier.loss_scale(optimizer).in_memory
     undone = []
+    seen: set[int] = set()  # parameters that are clipped already: one may be listed twice
     for part in parts:
-        params, grads = part.gradients(optimizer)
+        params = []
+        for param in part.gradients(optimizer)[0]:
+            if id(param) not in seen:
+                seen.add(id(param))
+                params.append(param)
+        grads = [param.grad for param in params if param.grad is not None]
         if isinstance(part.policy, ClipValue):
-            torch.nn.utils.clip_grad_value_(params, part.policy.clip_value * scale)
+            limit = part.policy.clip_value * scale
+            for values in (one for grad in grads for one in real_parts(grad.detach())):
+                values.clamp_(-limit, limit)
         elif not math.isnan(part.threshold):
             total = full(torch.nn.utils.get_total_norm(grads, part.policy.norm_type))
             if torch.isfinite(total):

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from math import hypot, sqrt
+from operator import attrgetter
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
 
+from gradwatch.listing import Listing
 from gradwatch.records import Measurement
 from gradwatch.shards import Shards, local
 
@@ -31,6 +33,7 @@ _CHUNK = 1 << 20  # elements; a float32 dot product of this length is right to a
 _HALF_CHUNK = 1 << 16
 _TINY = 1e-15  # squares below this one's lose digits in float32
 _HALF = (torch.float16, torch.bfloat16)
+_dtype = attrgetter("dtype")
 
 
 class Meter:
@@ -38,15 +41,22 @@ class Meter:
 
     def __init__(self, norm_type: float = 2.0) -> None:
         self.norm_type = norm_type
-        self._ids: list[int] = []
-        self._dtype: torch.dtype | None = None  # the first gradient's: `model.half()` changes all
+        self._listing = Listing()
+        self._dtypes: list[torch.dtype] = []  # of the gradients: a layer may turn half precision
         self._plan = _Plan([], [], [], [], [])
         self._shards: Shards | None = None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a parameter was listed more than once in the last list that was measured."""
+        return self._listing.first is not None
 
     def measure(
         self, params: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0
     ) -> Measurement:
         """The true norm of each gradient and of all together: ‖g‖_p / scale; changes nothing.
+
+        A parameter that is listed twice is measured once; the measurement lists it once, too.
 
         `scale` is the loss scale that the gradients in memory still carry. A norm that is not
         finite though every element is (squares that overflow), or 0 though an element is not
@@ -54,12 +64,16 @@ class Meter:
         is a NaN or an inf.
         """
         norm_type = self.norm_type
-        ids = list(map(id, params))
-        if ids != self._ids or (grads and grads[0].dtype is not self._dtype):
-            self._dtype = grads[0].dtype if grads else None
+        listing = self._listing
+        changed = listing.changed(params)
+        if listing.first is not None:
+            params = [params[i] for i in listing.first]
+            grads = [grads[i] for i in listing.first]
+        dtypes = list(map(_dtype, grads))
+        if changed or dtypes != self._dtypes:
+            self._dtypes = dtypes
             self._shards = Shards.of(grads)
             self._plan = _plan(list(map(local, grads)), norm_type)
-            self._ids = ids
         held = grads if self._shards is None else list(map(local, grads))
         try:
             norms = _norms(held, norm_type, self._plan)
@@ -69,10 +83,7 @@ class Meter:
             norms = _norms(held, norm_type, self._plan)
         total = hypot(*norms) if norm_type == 2.0 else combine(norms, norm_type)
         if not _TINY < total < math.inf:
-            norms = [
-                n if _TINY < n < math.inf else _wide_norm(g, norm_type)
-                for n, g in zip(norms, held, strict=True)
-            ]
+            norms = _settled(norms, held, norm_type)
             total = combine(norms, norm_type)
         if self._shards is not None:
             norms = self._shards.norms(norms, norm_type)
@@ -171,12 +182,36 @@ def _large_norm(tensor: Tensor) -> float:
     return math.sqrt(math.fsum(torch.dot(c, c).item() for c in torch.split(flat, _CHUNK)))
 
 
+def _settled(norms: Sequence[float], tensors: Sequence[Tensor], norm_type: float) -> list[float]:
+    """Norms beyond float32's range, worked out again in float64.
+
+    A NaN is one already: squares do not make one. Whether an inf or a 0 is one, the greatest element
+    of each tensor tells, in one call for all: a gradient that stays so costs little more than others.
+    """
+    unsure = [i for i, n in enumerate(norms) if not (_TINY < n < math.inf or math.isnan(n))]
+    plain = [i for i in unsure if _is_plain(tensors[i])]
+    peaks: dict[int, float] = {}
+    if plain:
+        found = torch._foreach_norm([tensors[i] for i in plain], math.inf)
+        peaks = dict(zip(plain, _read(found), strict=True))
+    settled = list(norms)
+    for i in unsure:
+        peak = peaks.get(i, 1.0)
+        certain = peak == 0.0 or not math.isfinite(peak)
+        settled[i] = peak if certain else _wide_norm(tensors[i], norm_type)
+    return settled
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and tensor.numel() > 0 and not tensor.is_complex()
+
+
 def _wide_norm(tensor: Tensor, norm_type: float) -> float:
     values = tensor.coalesce().values() if tensor.is_sparse else tensor
     if values.numel() == 0:
         return 0.0
-    if not values.is_complex():
-        values = values.double()
+    # The absolute value of a complex64 may overflow, though both of its parts are finite.
+    values = values.to(torch.complex128) if values.is_complex() else values.double()
     # Squares relative to the greatest element stay in range, those of float64 too.
     peak = float(values.abs().max())
     if peak == 0.0 or not math.isfinite(peak):

@@ -7,17 +7,20 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from gradwatch import events
+from gradwatch.listing import Listing, every
 from gradwatch.norms import fault
 from gradwatch.shards import Shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch import Tensor
     from torch.optim import Optimizer
 
-    from gradwatch.names import ParameterNames
+    from gradwatch.names import Named, ParameterNames
     from gradwatch.policies import Policy
     from gradwatch.records import Event, Measurement, Skip, ThresholdChange
+    from gradwatch.treatment import OpenStep
 
 __all__ = ["Notices"]
 
@@ -34,8 +37,10 @@ class Notices:
         self.alone = True  # no other rank has a part in these gradients
         # From the hooks' step numbers to the run's, waiting so many seconds; None: not known yet.
         self.origin: Callable[[float], int | None] = lambda _: 0
-        self.parameters: list[str] = []  # what the optimizer's parameters are called
-        self._groups = 0  # parameter groups that were there then
+        self._parameters: list[str] = []  # what the optimizer's parameters are called
+        self._listing = Listing()  # those parameters
+        self.introduced: list[str] = []  # what the flight recorder's metadata calls them
+        self._told_names: bytes | None = None  # where they differ: the names as a sample has them
         self._names = names
         self._asked_for = layer_norms_every
         self._seldom = _SAMPLE_AT_LEAST  # steps between two samples of the weights
@@ -53,20 +58,20 @@ class Notices:
         origin = self.origin(timeout)
         return f"step {step} of this process" if origin is None else f"step {step + origin}"
 
-    def faults(
-        self, measured: Sequence[Measurement], optimizer: Optimizer | None
-    ) -> dict[str, str]:
+    def faults(self, step: OpenStep, optimizer: Optimizer | None) -> dict[str, str]:
         """The non-finite gradients in model order: parameter → nan, inf or nan+inf."""
-        params = [p for m in measured for p in m.params]
+        measured = step.measured
         grads = [g for m in measured for g in m.grads]  # none where the step is over
         norms = [n for m in measured for n in m.tensor_norms]
-        names = self._names.of(params, optimizer)
+        named = step.named
+        if named is None:
+            named = self._names.named([p for m in measured for p in m.params], optimizer)
         found: dict[str, str] = {}
-        for i in self._names.in_model_order(params, optimizer):
+        for i in named.order:
             if not math.isfinite(norms[i]):
                 # Where another rank holds it, or nobody any more, its norm alone tells.
                 seen = fault(grads[i]) if grads else None
-                found[names[i]] = seen or ("nan" if math.isnan(norms[i]) else "inf")
+                found[named.names[i]] = seen or ("nan" if math.isnan(norms[i]) else "inf")
         return found
 
     def gradient(
@@ -153,34 +158,49 @@ class Notices:
         every, seldom = self.every, self._seldom
         return True, every >= seldom or step % seldom < every or step in _EARLY
 
-    def named(self, optimizer: Optimizer) -> list[str]:
-        """The names of all parameters, in the optimizer's order."""
-        if len(optimizer.param_groups) != self._groups:
-            self._groups = len(optimizer.param_groups)
-            every = [p for group in optimizer.param_groups for p in group["params"]]
-            self.parameters = self._names.of(every, optimizer)
-            self._seldom = max(_SAMPLE_AT_LEAST, _SAMPLE_PER_TENSOR * len(every))
+    def introduce(self, optimizer: Optimizer) -> list[str]:
+        """The names of all parameters for a flight recorder that begins, in the optimizer's order."""
+        self.introduced = self.listed(optimizer)
+        self._told_names = None
+        return self.introduced
+
+    def listed(self, optimizer: Optimizer) -> list[str]:
+        """The names of all parameters that the optimizer lists now, in its order."""
+        params = every(optimizer)
+        if self._listing.changed(params):
+            self._parameters = self._names.of(params, optimizer)
+            same = self._parameters == self.introduced
+            self._told_names = None if same else events.encode_names(self._parameters)
+            self._seldom = max(_SAMPLE_AT_LEAST, _SAMPLE_PER_TENSOR * len(params))
             self.every = self._seldom if self._asked_for is None else self._asked_for
-        return self.parameters
+        return self._parameters
+
+    def named(self, params: Sequence[Tensor], optimizer: Optimizer) -> Named:
+        """What these parameters are called, for a step that is put on record later."""
+        return self._names.named(params, optimizer)
 
     def layers(
-        self,
-        step: int,
-        measured: Sequence[Measurement],
-        optimizer: Optimizer,
-        weights: Sequence[float] | None,
+        self, step: OpenStep, optimizer: Optimizer, weights: Sequence[float] | None
     ) -> bytes:
-        """A sample of every parameter's gradient norm, and of the weights' where they are given."""
-        count = len(self.named(optimizer))
+        """A sample of every parameter's gradient norm, and of the weights' where they are given.
+
+        By the names that the parameters had at that step.
+        """
+        listed = self.listed(optimizer)
+        told = self._told_names
+        if step.listed is not None and step.listed is not listed:  # the list has changed since
+            listed, told = step.listed, events.encode_names(step.listed)
+        measured = step.measured
         norms = measured[0].tensor_norms
-        if len(norms) != count:  # in several parts, or some have no gradient
-            found = {
-                id(param): norm
-                for part in measured
-                for param, norm in zip(part.params, part.tensor_norms, strict=True)
-            }
-            every = [p for group in optimizer.param_groups for p in group["params"]]
-            norms = [found.get(id(param), math.nan) for param in every]
-        if weights is not None and len(weights) != len(norms):  # a group came in between
+        if step.named is not None:
+            names = step.named.names
+        elif len(measured) == 1 and self._listing.holds(measured[0].params):
+            names = listed
+        else:
+            names = self._names.of([p for m in measured for p in m.params], optimizer)
+        if names != listed:  # in several parts, or some have no gradient
+            found = dict(zip(names, (n for m in measured for n in m.tensor_norms), strict=True))
+            norms = [found.get(name, math.nan) for name in listed]
+        if weights is not None and len(weights) != len(norms):
             weights = None
-        return events.encode_layers(step, norms, weights)
+        return events.encode_layers(step.number, norms, weights, told)

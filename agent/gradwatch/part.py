@@ -10,7 +10,7 @@ from gradwatch.norms import Meter
 from gradwatch.policies import build
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
     from torch.optim import Optimizer
@@ -68,10 +68,11 @@ class Part:
         self.policy, self.state = policy, state
 
     def gradients(self, optimizer: Optimizer) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters that have a gradient, and their gradients."""
+        """The parameters that have a gradient, and their gradients; twice what is listed twice."""
         groups = optimizer.param_groups
         if self.group is not None:
-            params = groups[self.group]["params"]
+            # A group may have been taken out of the optimizer since.
+            params = groups[self.group]["params"] if self.group < len(groups) else []
         elif len(groups) == 1:
             params = groups[0]["params"]
         else:
@@ -93,9 +94,24 @@ class Part:
                 )
 
     def measure(self, optimizer: Optimizer, scale: float) -> Measurement:
-        """Measure the gradients, which carry `scale` as their loss scale."""
+        """Measure the gradients, which carry `scale` as their loss scale; each of them once."""
         params, grads = self.gradients(optimizer)
         return self._meter.measure(params, grads, scale)
+
+    def measure_these(
+        self, params: Sequence[Tensor], grads: Sequence[Tensor], scale: float
+    ) -> Measurement:
+        """The same for some of its gradients: those that no other part has."""
+        return self._meter.measure(params, grads, scale)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the optimizer lists a parameter more than once, as of the last measurement.
+
+        A fused kernel divides the gradient by `grad_scale` at each mention and writes it back, so
+        the clip is not left to it then.
+        """
+        return self._meter.repeats
 
     @property
     def threshold(self) -> float:

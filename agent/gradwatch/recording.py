@@ -155,10 +155,11 @@ class Recording:
             counter=arguments.counter(watches[0].optimizer),
             after=self._after,
         )
+        names = [name for watch in watches for name in watch.introduce()]
         ring = rings.make(
             run,
             self.settings,
-            parameters=[name for watch in watches for name in watch.names()],
+            parameters=names,
             ordinal=self._ordinal,
             durable=self._sink is None,
             report=self.pipeline.troubles.report,
@@ -184,7 +185,7 @@ class Recording:
             ring,
             self._sink or self.pipeline.store_sink(self.settings.store),
             self.pipeline.metrics if self.metrics_url else NullSink(),
-            parameters=lambda: [n for watch in watches for n in watch.hooks.notices.parameters],
+            parameters=lambda: names,
             peers=peers,
             control=control,
             settle=lambda: (method := settle()) and method(),

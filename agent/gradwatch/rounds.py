@@ -14,7 +14,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.errors import RingError
-from gradwatch.events import encode_layers, layers_of
+from gradwatch.events import encode_layers, encode_names, layers_of
 from gradwatch.norms import combine
 from gradwatch.recorder import FLAGS
 from gradwatch.records import StepRecord
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Rounds"]
 
-_Layers = tuple[list[float], list[float] | None]  # the norms of gradients, and of weights
+# The norms of gradients, those of weights, and the names where they are not the tape's.
+_Layers = tuple[list[float], list[float] | None, list[str] | None]
 
 _nan = math.nan
 _ONCE = frozenset({"amp_overflow"})  # events that are of the step, whichever optimizer tells them
@@ -82,10 +83,10 @@ class Rounds:
     def event(self, member: _Member, payload: bytes) -> None:
         """An event of one optimizer, or a sample of its layers, which waits for the others'."""
         if (layers := layers_of(payload)) is not None:
-            number, grads, weights = layers
+            number, grads, weights, names = layers
             number += member.shift
             sample = self._layers.setdefault(number, {})
-            sample[member] = grads, weights
+            sample[member] = grads, weights, names
             if len(sample) == len(self._members):
                 self._write_layers(number)
             return
@@ -127,14 +128,21 @@ class Rounds:
         sample = self._layers.pop(number)
         grads: list[float] = []
         weights: list[float] = []
+        names: list[str] = []
         for member in self._members.values():
-            absent = [_nan] * len(member.hooks.notices.parameters)
-            g, w = sample.get(member, (absent, None))
-            grads += g if len(g) == len(absent) else absent
-            weights += w if w is not None and len(w) == len(absent) else absent
-        known = any(w is not None for _, w in sample.values())
+            introduced = member.hooks.notices.introduced
+            absent = [_nan] * len(introduced)
+            g, w, n = sample.get(member, (absent, None, None))
+            grads += g
+            weights += [_nan] * len(g) if w is None else w
+            names += introduced if n is None else n
+        known = any(w is not None for _, w, _ in sample.values())
+        renamed = any(n is not None for _, _, n in sample.values())
+        payload = encode_layers(
+            number, grads, weights if known else None, encode_names(names) if renamed else None
+        )
         try:
-            self.tape.ring.append_event(encode_layers(number, grads, weights if known else None))
+            self.tape.ring.append_event(payload)
         except RingError as error:
             self._report("event", f"an event is not on record: {error}")
 

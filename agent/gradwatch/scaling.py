@@ -31,6 +31,7 @@ __all__ = [
     "LossScale",
     "is_fused",
     "reads_grad_scale",
+    "real_parts",
 ]
 
 CLIP_EPSILON = 1e-6  # torch's, in clip_grad_norm_
@@ -275,14 +276,23 @@ def _multiply(grads: Sequence[Tensor], factor: float) -> None:
                     grad.mul_(factor)
 
 
+def real_parts(grad: Tensor) -> tuple[Tensor, ...]:
+    """What a limit of elements is applied to: of a complex gradient, views of its two parts.
+
+    Complex numbers have no order, so torch clamps none.
+    """
+    return (grad.real, grad.imag) if grad.is_complex() else (grad,)
+
+
 def _clamp(limit: float, measured: Measurement) -> tuple[bool, float]:
     if not limit > 0.0:
         msg = f"Clamp({limit!r}): elements are clamped to a limit above 0"
         raise ValueError(msg)
     limit *= measured.scale
-    if max_abs(measured.grads) <= limit:
+    parts = [part for grad in measured.grads for part in real_parts(grad)]
+    if max_abs(parts) <= limit:
         return False, measured.norm
-    grads = list(map(local, measured.grads))
+    grads = list(map(local, parts))
     with torch.no_grad():
         torch._foreach_clamp_min_(grads, -limit)
         torch._foreach_clamp_max_(grads, limit)

@@ -13,6 +13,7 @@ from gradwatch.afterwards import Afterwards
 from gradwatch.control import replaced
 from gradwatch.errors import NonFiniteGradientError
 from gradwatch.events import encode_event
+from gradwatch.listing import Listing, every
 from gradwatch.norms import combine, tensor_norms
 from gradwatch.part import Part
 from gradwatch.policies import SkipSpikes
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.optim import Optimizer
 
+    from gradwatch.names import Named
     from gradwatch.notices import Notices
     from gradwatch.records import Event, Measurement, ThresholdChange
     from gradwatch.scaling import Carrier
@@ -55,6 +57,9 @@ class OpenStep:
     recorded = False
     error: NonFiniteGradientError | None = None  # to raise once recorded
     by_hand: tuple[Tensor, int] | None = None  # a gradient clip() saw, and its version
+    # Of a deferred step: what those measured were called, and all that the optimizer listed.
+    named: Named | None = None
+    listed: list[str] | None = None
 
     def __init__(self, number: int, time: float, threshold: float) -> None:
         self.number = number
@@ -80,6 +85,7 @@ class Treatment:
         self._carrier = carrier
         self._only = parts[0] if len(parts) == 1 else None
         self.by_group = parts[0].group is not None
+        self._listing = Listing()  # of all parts together
         self.afterwards = Afterwards()
         # The last steps in a row whose gradient was not finite.
         self._bad_from = self._bad_until = -2
@@ -132,7 +138,7 @@ class Treatment:
             step.measured = (measured,)
             step.pre_norm = measured.norm
         else:
-            step.measured = [part.measure(optimizer, scale) for part in self.parts]
+            step.measured = self._measure_parts(optimizer, scale)
             norms = [measured.norm for measured in step.measured]
             step.pre_norm = combine(norms, step.measured[0].norm_type)
         if self._wants_loss and loss is not None:
@@ -145,6 +151,22 @@ class Treatment:
             # Without a gradient there is no norm. A norm of 0 is that of a gradient that is 0.
             step.pre_norm = _nan
             step.flags |= FLAGS.NO_GRADIENT
+
+    def _measure_parts(self, optimizer: Optimizer, scale: float) -> list[Measurement]:
+        """One measurement a part; what several groups list belongs to the first of them."""
+        found = [part.gradients(optimizer) for part in self.parts]
+        listing = self._listing
+        listing.changed([param for params, _ in found for param in params])
+        if listing.first is not None:
+            kept, start = set(listing.first), 0
+            for i, (params, grads) in enumerate(found):
+                mine = [k for k in range(len(params)) if start + k in kept]
+                start += len(params)
+                found[i] = [params[k] for k in mine], [grads[k] for k in mine]
+        return [
+            part.measure_these(params, grads, scale)
+            for part, (params, grads) in zip(self.parts, found)  # noqa: B905 - made as long
+        ]
 
     def note_changes(self, step: OpenStep, grads: Sequence[Tensor]) -> None:
         """Note gradients changed in place: these, since the backward pass; the last, since its step."""
@@ -204,8 +226,7 @@ class Treatment:
             return
         held = None
         if weights or always_weights:
-            params = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-            held = tensor_norms(params)
+            held = tensor_norms([param.detach() for param in every(optimizer)])
         self.sample(optimizer, step, held)
 
     def sample(
@@ -214,7 +235,7 @@ class Treatment:
         """Put the layer norms on record; of an optimizer that is gone, nothing."""
         if optimizer is None:
             return
-        layers = self.notices.layers(step.number, step.measured, optimizer, weights)
+        layers = self.notices.layers(step, optimizer, weights)
         step.messages = [*step.messages, layers]
 
     def _clip(self, optimizer: Optimizer, step: OpenStep, part: Part, *, by_hand: bool) -> None:
@@ -227,7 +248,7 @@ class Treatment:
             self._skip_spike(step, decision, by_hand=by_hand)
             return
         clipped, step.post_norm = self._carrier.carry_out(
-            optimizer, decision, measured, fold=not by_hand
+            optimizer, decision, measured, fold=not (by_hand or part.repeats)
         )
         if clipped:
             step.flags |= FLAGS.CLIPPED
@@ -258,7 +279,7 @@ class Treatment:
             self.skip(step)
 
     def _nonfinite(self, optimizer: Optimizer | None, step: OpenStep) -> Event:
-        faults = self.notices.faults(step.measured, optimizer)
+        faults = self.notices.faults(step, optimizer)
         skipped = self.on_nonfinite != "ignore"
         step.flags |= FLAGS.NONFINITE
         event = self.notices.nonfinite(
@@ -311,7 +332,10 @@ class Treatment:
 
     def look_again(self, optimizer: Optimizer, step: OpenStep | None) -> None:
         """A further gradient of the same step (LBFGS): clipped in place, and noted where it is bad."""
-        measured = [part.measure(optimizer, 1.0) for part in self.parts]
+        if self._only is not None:
+            measured = [self._only.measure(optimizer, 1.0)]
+        else:
+            measured = self._measure_parts(optimizer, 1.0)
         if all(m.finite for m in measured):
             for part, m in zip(self.parts, measured, strict=True):
                 decision = part.policy.decide(m, part.state)

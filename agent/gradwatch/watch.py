@@ -94,10 +94,10 @@ class Watch:
         """The optimizer, None where it is gone."""
         return self._optimizer()
 
-    def names(self) -> list[str]:
-        """The names of its parameters, in its order."""
+    def introduce(self) -> list[str]:
+        """The names of its parameters for a flight recorder that begins, in its order."""
         optimizer = self._optimizer()
-        return [] if optimizer is None else self.hooks.notices.named(optimizer)
+        return [] if optimizer is None else self.hooks.notices.introduce(optimizer)
 
     def settle(self) -> None:
         """Put on record the last steps, where their numbers are on a device still."""

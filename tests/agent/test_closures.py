@@ -7,7 +7,7 @@ import torch
 from loops import mlp, one_parameter, sgd, twins, watched
 from torch.nn.utils import clip_grad_norm_
 
-from gradwatch import Agent
+from gradwatch import Agent, NonFiniteGradientError
 from gradwatch.testing import MemorySink
 
 
@@ -101,3 +101,39 @@ def test_an_argument_of_step_that_is_no_closure_is_left_alone():
     weight.grad = torch.ones(4)
     optimizer.step(0.5)
     assert optimizer.scale == 0.5
+
+
+@pytest.mark.parametrize("on_nonfinite", ["ignore", "raise"])
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_nan_in_an_inner_evaluation_is_of_that_step(on_nonfinite, at):
+    """LBFGS evaluates several times a step: the NaN is on record there, and raised at once."""
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=5)
+    agent, sink = watched(optimizer, on_nonfinite=on_nonfinite)
+    evaluations = 0
+    poisoned = False
+
+    def closure():
+        nonlocal evaluations
+        optimizer.zero_grad()
+        loss = (model(torch.ones(4, 8)) - 3.0).square().mean()
+        loss.backward()
+        if poisoned and evaluations == at:
+            model[0].weight.grad[0, 0] = math.nan
+        evaluations += 1
+        return loss
+
+    optimizer.step(closure)
+    evaluations, poisoned = 0, True
+    if on_nonfinite == "raise":
+        with pytest.raises(NonFiniteGradientError) as caught:
+            optimizer.step(closure)
+        assert caught.value.step == 1
+    else:
+        optimizer.step(closure)
+    assert agent.flush()
+    assert [record.nonfinite for record in sink.steps] == [False, True]
+    assert math.isnan(sink.steps[1].pre_norm)
+    (event,) = [e for e in sink.events if e.kind == "nonfinite_gradient"]
+    assert event.step == 1
+    agent.close()

@@ -15,7 +15,8 @@ __all__ = ["ClipValue"]
 class ClipValue(Policy[None]):
     """Clamp every element of the gradient: g ← clamp(g, -clip_value, clip_value).
 
-    What `torch.nn.utils.clip_grad_value_` does. It changes the gradient's direction, and the
+    What `torch.nn.utils.clip_grad_value_` does; it refuses complex gradients, of which the real and
+    the imaginary parts are clamped here, each by itself. It changes the gradient's direction, and the
     limit is one of elements, not of the norm: thresholds of the two do not compare. The
     post-clip norm is measured, since it cannot be inferred.
 
