@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LossSpikes",
     "NormSpikes",
+    "Streak",
     "amp_overflow",
     "dead_gradient",
     "decode",
@@ -32,6 +33,7 @@ __all__ = [
     "loss_spike",
     "nonfinite_gradient",
     "nonfinite_loss",
+    "nonfinite_weights",
     "spike_skipped",
     "threshold_changed",
 ]
@@ -160,6 +162,9 @@ def nonfinite_gradient(
     tensors: int,
     *,
     skipped: bool,
+    modified: bool = False,
+    weights: bool | None = False,
+    in_a_row: int = 1,
 ) -> Event:
     """The gradient held NaN or inf. `faults`: parameter → nan | inf | nan+inf, in model order.
 
@@ -167,22 +172,47 @@ def nonfinite_gradient(
 
     Gradients flow backwards: what is non-finite at one layer makes the layers before it
     non-finite and leaves those after it finite. So it entered at the last non-finite parameter;
-    where all are non-finite, it came from the forward pass or the loss.
+    where all are non-finite, it came from the forward pass or the loss. Neither can be told of
+    gradients that were `modified` in place, and of weights that were not finite before; `weights`
+    is None where they could not be looked at. `in_a_row` counts the steps up to this one.
     """
     names = list(faults)
     kinds = {kind for fault in faults.values() for kind in fault.split("+")}
     what = " and ".join(k for k in ("NaN", "inf") if k.lower() in kinds)
     every = len(names) == tensors
-    origin = None if every else names[-1]
+    entered = (
+        "weights" if weights else "unknown" if modified else "forward" if every else "backward"
+    )
+    # A single bad gradient is where it entered, whatever came before.
+    origin = names[-1] if not every and not weights and (not modified or len(names) == 1) else None
+    if weights:
+        why = "weights were NaN or inf before the forward pass"
+    elif origin is not None:
+        why = f"it entered at {origin}"
+    elif modified:
+        why = (
+            "where it entered is not known: gradients were written to after they were made (added up "
+            "over several backward passes, or changed in place before step())"
+        )
+    elif weights is None:
+        why = "it came from the weights, the forward pass or the loss"
+    else:
+        why = "it came from the forward pass or the loss"
     if every:
         those = f"all {tensors} parameters ({names[0]} … {names[-1]})" if tensors > 1 else names[0]
-        where = f"{those}; it came from the forward pass or the loss"
+        where = f"{those}; {why}"
     else:
         listed = ", ".join(names[:_NAMED]) + (
             f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         )
-        where = f"{len(names)} of {tensors} parameters ({listed}); it entered at {origin}"
+        where = f"{len(names)} of {tensors} parameters ({listed}); {why}"
     outcome = "the step was skipped" if skipped else "the step was not skipped"
+    if in_a_row > 1:
+        outcome += (
+            f"; it is the {in_a_row:,}th such step in a row"
+            if in_a_row > 2
+            else "; so was the step before"
+        )
     return Event(
         "nonfinite_gradient",
         step,
@@ -192,13 +222,54 @@ def nonfinite_gradient(
         {
             "parameters": dict(faults),
             "origin": origin,
-            "entered": "forward" if every else "backward",
+            "entered": entered,
+            "in_a_row": in_a_row,
             "tensors": tensors,
             "skipped": skipped,
             "ranks": list(ranks),
         },
         ranks[0] if len(ranks) == 1 else None,
     )
+
+
+def nonfinite_weights(step: int, time: float, rank: int, bad: Sequence[str], tensors: int) -> Event:
+    """Weights were NaN or inf before this step's update. `bad`: their parameters, in model order."""
+    return Event(
+        "nonfinite_weights",
+        step,
+        time,
+        "critical",
+        f"NaN or inf in the weights of {len(bad)} of {tensors} parameters, the first {bad[0]}, before "
+        "this step's update: an earlier update, a checkpoint or the loop made them so",
+        {
+            "parameter": bad[0],
+            "parameters": dict.fromkeys(bad, "nan or inf"),
+            "tensors": tensors,
+        },
+        rank,
+    )
+
+
+class Streak:
+    """Steps in a row with one fault, of which the 1st, 2nd, 4th, 8th … are told.
+
+    A fault that stays costs the store a few events. A step without it ends the streak.
+    """
+
+    def __init__(self) -> None:
+        self.length = 0
+        self._last = -2  # the last step with the fault
+
+    def told(self, step: int) -> bool:
+        """Count this step, which has the fault, and say whether to tell it."""
+        if step != self._last:
+            self.length = self.length + 1 if step == self._last + 1 else 1
+            self._last = step
+        return self.length & (self.length - 1) == 0
+
+    def end(self) -> None:
+        """What was counted last was no such fault."""
+        self._last = -2
 
 
 def nonfinite_loss(step: int, time: float, rank: int, loss: float) -> Event:

@@ -255,6 +255,7 @@ class StepHooks:
             if amp.suppressed or own_overflow or no_scale:
                 step.error = None
                 self._treat.overflow(step)
+            self._treat.warn(step)
             own_skip = amp.own and step.flags & FLAGS.AMP_OVERFLOW and not no_scale
             if step.flags & FLAGS.SKIPPED and not own_skip:
                 self._treat.skip(step)

@@ -47,6 +47,7 @@ class Notices:
         self.every = 0  # steps between two samples; 0 until the parameters are named
         self._norm_spikes = events.NormSpikes()
         self._loss_spikes = events.LossSpikes()
+        self._bad_losses = events.Streak()
         self._dead = False  # within a streak of steps whose gradient was 0
 
     def number(self, step: int, timeout: float = 0.0) -> int:
@@ -93,6 +94,8 @@ class Notices:
     def loss(self, step: int, time: float, loss: float) -> Event | None:
         """What a loss shows: NaN or inf, or a spike."""
         if not math.isfinite(loss):
+            if not self._bad_losses.told(step):
+                return None
             return self._of_rank(events.nonfinite_loss(step, time, self.rank, loss))
         spike = self._loss_spikes.observe(loss)
         if spike is None:
@@ -107,6 +110,9 @@ class Notices:
         measured: Sequence[Measurement],
         *,
         skipped: bool,
+        modified: bool,
+        weights: bool | None,
+        in_a_row: int,
     ) -> Event:
         """A gradient with NaN or inf. After an all-reduce nobody knows whose it was."""
         grads = [g for m in measured for g in m.grads]
@@ -115,8 +121,19 @@ class Notices:
         if shards is not None:
             ranks = shards.ranks_with(any(fault(g) is not None for g in grads))
         tensors = sum(len(m.params) for m in measured)
-        event = events.nonfinite_gradient(step, time, ranks, faults, tensors, skipped=skipped)
+        event = events.nonfinite_gradient(
+            step, time, ranks, faults, tensors,
+            skipped=skipped, modified=modified, weights=weights, in_a_row=in_a_row,
+        )  # fmt: skip
         return self._of_rank(event)
+
+    def weights(
+        self, step: int, time: float, norms: Sequence[float], optimizer: Optimizer
+    ) -> Event | None:
+        """Weights that are NaN or inf, by the norms of all that the optimizer lists."""
+        named = self._names.named(every(optimizer), optimizer)
+        bad = [named.names[i] for i in named.order if not math.isfinite(norms[i])]
+        return events.nonfinite_weights(step, time, self.rank, bad, len(norms)) if bad else None
 
     def _of_rank(self, event: Event) -> Event:
         """Whose it was in the words as well, where there are others."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gradwatch.afterwards import Afterwards
 from gradwatch.control import replaced
 from gradwatch.errors import NonFiniteGradientError
-from gradwatch.events import encode_event
+from gradwatch.events import Streak, encode_event
 from gradwatch.listing import Listing, every
 from gradwatch.norms import combine, tensor_norms
 from gradwatch.part import Part
@@ -60,6 +60,8 @@ class OpenStep:
     # Of a deferred step: what those measured were called, and all that the optimizer listed.
     named: Named | None = None
     listed: list[str] | None = None
+    weights: Sequence[float] | None = None  # the weights' norms before the step, where looked at
+    warning: str | None = None  # for the job's log, once it is known that it is no overflow
 
     def __init__(self, number: int, time: float, threshold: float) -> None:
         self.number = number
@@ -89,6 +91,8 @@ class Treatment:
         self.afterwards = Afterwards()
         # The last steps in a row whose gradient was not finite.
         self._bad_from = self._bad_until = -2
+        self._bad = Streak()
+        self._weights_told = False  # since they were finite last
         self.look_at_policies()
 
     def look_at_policies(self) -> None:
@@ -192,7 +196,7 @@ class Treatment:
         elif step.flags & FLAGS.NO_GRADIENT:
             event = None
         else:
-            event = self._nonfinite(optimizer, step)
+            event = self._nonfinite(optimizer, step, by_hand=by_hand)
             if step.flags & FLAGS.SKIPPED and not by_hand:
                 self.skip(step)
         if event is not None:
@@ -225,7 +229,9 @@ class Treatment:
         if step.flags & FLAGS.NO_GRADIENT and not weights:
             return
         held = None
-        if weights or always_weights:
+        if step.weights is not None:
+            held = step.weights
+        elif weights or always_weights:
             held = tensor_norms([param.detach() for param in every(optimizer)])
         self.sample(optimizer, step, held)
 
@@ -278,24 +284,72 @@ class Treatment:
         if not by_hand:
             self.skip(step)
 
-    def _nonfinite(self, optimizer: Optimizer | None, step: OpenStep) -> Event:
-        faults = self.notices.faults(step, optimizer)
+    def _nonfinite(
+        self, optimizer: Optimizer | None, step: OpenStep, *, by_hand: bool = False
+    ) -> Event | None:
+        """Note it; the event, where this step of a streak is told."""
         skipped = self.on_nonfinite != "ignore"
         step.flags |= FLAGS.NONFINITE
-        event = self.notices.nonfinite(
-            step.number, step.time, faults, step.measured, skipped=skipped
-        )
         if skipped:
             step.flags |= FLAGS.SKIPPED
+        if not self._bad.told(step.number) and self.on_nonfinite != "raise":
+            self._warn_of(step, "", by_hand=by_hand)
+            return None
+        faults = self.notices.faults(step, optimizer)
+        event = self.notices.nonfinite(
+            step.number, step.time, faults, step.measured,
+            skipped=skipped,
+            modified=self._is_modified(step),
+            weights=self._weights_are_bad(optimizer, step),
+            in_a_row=self._bad.length,
+        )  # fmt: skip
         if self.on_nonfinite == "raise":
             called = self.notices.called(step.number, _SAY_SECONDS)
             number = self.notices.number(step.number)
             step.error = NonFiniteGradientError(
                 f"{called}: {event.message}", step=number, parameters=faults
             )
-        elif self.notices.rank == 0:
-            self._warn(step.number, event.message)
+        else:
+            self._warn_of(step, event.message, by_hand=by_hand)
         return event
+
+    def _weights_are_bad(self, optimizer: Optimizer | None, step: OpenStep) -> bool | None:
+        """Whether weights were NaN or inf before this step; None where that is not known."""
+        # A deferred step is over: where NaN is applied, the weights have it from this step.
+        if optimizer is None or (step.deferred and self.on_nonfinite != "skip"):
+            return None
+        step.weights = tensor_norms([param.detach() for param in every(optimizer)])
+        event = self.notices.weights(step.number, step.time, step.weights, optimizer)
+        if event is not None and not self._weights_told:
+            step.messages = [*step.messages, encode_event(event)]
+        self._weights_told = event is not None
+        return event is not None
+
+    @staticmethod
+    def _is_modified(step: OpenStep) -> bool:
+        """Whether a gradient that is not finite was written to after autograd had made it."""
+        try:
+            return bool(step.flags & FLAGS.MODIFIED) or any(
+                grad._version > 0
+                for measured in step.measured
+                for grad, norm in zip(measured.grads, measured.tensor_norms)  # noqa: B905 - none where deferred
+                if not isfinite(norm)
+            )
+        except RuntimeError:  # made in inference mode: nobody counts
+            return True
+
+    def _warn_of(self, step: OpenStep, message: str, *, by_hand: bool) -> None:
+        """Say it in the job's log, once it is known that it is no overflow under a GradScaler."""
+        if self.notices.rank == 0:
+            step.warning = message
+            if not by_hand:
+                self.warn(step)
+
+    def warn(self, step: OpenStep) -> None:
+        """Say in the job's log what `clip()` has seen of this step."""
+        if step.warning is not None:
+            self._warn(step.number, step.warning)
+            step.warning = None
 
     def _warn(self, number: int, message: str) -> None:
         """In the job's own log: the first such step, and when there is no end to them."""
@@ -321,6 +375,8 @@ class Treatment:
         """Routine under a GradScaler: not a non-finite gradient, and no alert."""
         step.pre_norm = step.post_norm = _nan
         step.flags = FLAGS.SKIPPED | FLAGS.AMP_OVERFLOW
+        step.warning = None
+        self._bad.end()
         event = self.notices.overflow(step.number, step.time, step.loss_scale)
         step.messages = [encode_event(event)]
 
@@ -344,6 +400,7 @@ class Treatment:
             step.measured = measured
             step.pre_norm = combine([m.norm for m in measured], measured[0].norm_type)
             step.post_norm = _nan
-            step.messages = [*step.messages, encode_event(self._nonfinite(optimizer, step))]
+            if (event := self._nonfinite(optimizer, step)) is not None:
+                step.messages = [*step.messages, encode_event(event)]
             if step.flags & FLAGS.SKIPPED:
                 self.skip(step)

@@ -10,8 +10,8 @@ import numpy as np
 
 from gradwatch.habits import ClippedTwice
 from gradwatch_monitor.diagnosis import RULES, Sign, Window
-from gradwatch_monitor.diagnosis.window import LayerSamples
-from gradwatch_monitor.rows import Finding
+from gradwatch_monitor.diagnosis.window import BadWeights, LayerSamples
+from gradwatch_monitor.rows import Event, Finding
 from gradwatch_monitor.stalls import as_finding, stall_of
 
 if TYPE_CHECKING:
@@ -145,7 +145,21 @@ def window_of(store: Store, run_id: int) -> Window | None:
         first_norms=first["pre_norm"],
         layers=_layers(samples),
         settings=run.settings,
+        bad_weights=_bad_weights(store.events(run_id, kind="nonfinite_weights", limit=1)),
     )
+
+
+def _bad_weights(found: Sequence[Event]) -> BadWeights | None:
+    if not found:
+        return None
+    data = found[0].data  # anybody may have written to the store
+    first, names = data.get("parameter"), data.get("parameters")
+    left_out, tensors = (
+        value if isinstance(value := data.get(key), int) else 0
+        for key in ("parameters_left_out", "tensors")
+    )
+    count = max(1, left_out + (len(names) if isinstance(names, dict) else 0))
+    return BadWeights(found[0].step, str(first or "unknown"), count, max(count, tensors))
 
 
 def _layers(samples: Sequence[tuple[int, str, float | None, float | None]]) -> LayerSamples | None:

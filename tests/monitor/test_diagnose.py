@@ -18,6 +18,7 @@ import gradwatch
 from gradwatch_monitor import Store, diagnose
 from gradwatch_monitor.diagnose import OF_THE_AGENT, signs, window_of
 from gradwatch_monitor.diagnosis import Window
+from gradwatch_monitor.diagnosis.window import BadWeights
 
 STEPS = 300
 SEEDS = [0]  # `benchmarks/diagnosis.py` has three, and more loops
@@ -392,3 +393,65 @@ def test_the_verb(capsys):
     assert run.returncode == 1, run.stderr
     told = {finding["finding"] for finding in json.loads(run.stdout)}
     assert "clipping_every_step" in told
+
+
+@pytest.mark.parametrize("on_nonfinite", ["skip", "ignore"])
+def test_weights_that_the_optimizer_made_nan_are_a_finding(on_nonfinite):
+    """0/0 in the update: said with parameter and step, and neither loss nor data are blamed."""
+    model = nn.Sequential(nn.Linear(64, 8), nn.Linear(8, 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=0.0)
+    agent = gradwatch.Agent(
+        optimizer, model=model, run="job", metrics_port=None, on_nonfinite=on_nonfinite
+    )
+    for step in range(40):
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 64)).square().mean()
+        loss.backward()
+        agent.log(loss=loss)
+        if step == 20:
+            for values in optimizer.state[model[1].weight].values():
+                values.zero_()
+            model[1].weight.grad = torch.zeros_like(model[1].weight)
+        optimizer.step()
+        assert bool(model[1].weight.isfinite().all()) == (step < 20)
+    agent.close()
+    with Store() as store:
+        found = {f.finding: f for f in diagnose(store, store.run("job").id)}
+    assert not {"nonfinite_loss", "nonfinite_gradient"} & found.keys()
+    finding = found["nonfinite_weights"]
+    assert finding.severity == "critical"
+    assert (finding.data["parameter"], finding.data["step"]) == ("1.weight", 21)
+    assert "neither the forward pass nor the data" in finding.advice
+
+
+def test_weights_that_became_nan_by_a_loss_are_told_with_that_loss():
+    """The gradient of NaN was applied: the loss is said, and the weights are."""
+    model = nn.Linear(64, 10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    agent = gradwatch.Agent(
+        optimizer, model=model, run="job", metrics_port=None, on_nonfinite="ignore"
+    )
+    for step in range(40):
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 64)).square().mean() * (math.nan if step == 20 else 1.0)
+        loss.backward()
+        agent.log(loss=loss)
+        optimizer.step()
+    agent.close()
+    with Store() as store:
+        found = {f.finding: f for f in diagnose(store, store.run("job").id)}
+    assert {"nonfinite_loss", "nonfinite_weights"} <= found.keys()
+    assert "was applied" in found["nonfinite_weights"].advice
+
+
+def test_weights_that_are_finite_again_are_no_finding():
+    """A checkpoint was loaded: gradients are finite from then on."""
+    loss = np.ones(300)
+    bad = np.arange(300) >= 100
+    norms = np.where(bad, np.nan, 1.0)
+    weights = BadWeights(100, "0.weight", 1, 4)
+    spoilt = window(loss, norms, nonfinite=bad, bad_weights=weights)
+    assert "nonfinite_weights" in {sign.finding for sign in signs(spoilt)}
+    norms[250:] = 1.0
+    mended = window(loss, norms, nonfinite=bad & (np.arange(300) < 250), bad_weights=weights)
+    assert "nonfinite_weights" not in {sign.finding for sign in signs(mended)}

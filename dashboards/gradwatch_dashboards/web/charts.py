@@ -34,6 +34,7 @@ _EVENT_COLOURS = {
 _EVENT_NAMES = {
     "nonfinite_gradient": "NaN or inf",
     "nonfinite_loss": "NaN or inf",
+    "nonfinite_weights": "NaN or inf",
     "grad_norm_spike": "norm spike",
     "loss_spike": "loss spike",
     "spike_skipped": "spike skipped",
@@ -101,7 +102,8 @@ def norms(
         .encode(x=x, y=y, color=colour, tooltip=tips)
     )
     kinds_marked = (
-        "nonfinite_gradient", "grad_norm_spike", "spike_skipped", "amp_overflow", "records_dropped"
+        "nonfinite_gradient", "nonfinite_weights", "grad_norm_spike", "spike_skipped", "amp_overflow",
+        "records_dropped",
     )  # fmt: skip
     area, rules = _areas(stretches, x), _rules(events, stretches, kinds_marked, x)
     return _layered(area, rules, line, dots, points, threshold, *_applied(changes, x), height=340)

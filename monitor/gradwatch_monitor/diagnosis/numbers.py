@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from gradwatch_monitor.diagnosis.window import Array, Rule, Sign, Window
+from gradwatch_monitor.diagnosis.window import Array, Flags, Rule, Sign, Window
 
 __all__ = [
     "RULES",
@@ -13,6 +13,7 @@ __all__ = [
     "no_gradient",
     "nonfinite_gradient",
     "nonfinite_loss",
+    "nonfinite_weights",
 ]
 
 _RECENT = 200  # steps after which what was seen counts no longer
@@ -29,7 +30,7 @@ def nonfinite_loss(window: Window) -> Sign | None:
     """The loss was NaN or inf within the last 200 steps."""
     recent = window.last(_RECENT)
     count = int(recent.nonfinite_loss.sum())
-    if not count:
+    if not count or _are_of_weights(recent, recent.nonfinite_loss):
         return None
     first, last = recent.span(recent.nonfinite_loss)
     ever_since = _unbroken(window)
@@ -81,7 +82,7 @@ def nonfinite_gradient(window: Window) -> Sign | None:
     recent = window.last(_RECENT)
     where = recent.nonfinite & ~recent.nonfinite_loss
     count = int(where.sum())
-    if not count:
+    if not count or _are_of_weights(recent, where):
         return None
     applied = int((where & ~recent.skipped).sum())
     return Sign(
@@ -95,6 +96,41 @@ def nonfinite_gradient(window: Window) -> Sign | None:
         "PyTorch, Autograd mechanics; design of on_nonfinite",
         {"steps": count, "applied": applied},
     )  # fmt: skip
+
+
+def nonfinite_weights(window: Window) -> Sign | None:
+    """The weights were NaN or inf before an update, and no gradient has been finite since."""
+    bad = window.bad_weights
+    if bad is None:
+        return None
+    since = window.step >= bad.step
+    if not since.any() or window.finite[since].any():
+        return None
+    before = window.step == bad.step - 1
+    if (window.nonfinite & ~window.skipped)[before].any():
+        why = "The step before, whose gradient had NaN or inf, was applied: see its event. "
+    elif window.finite[before].any():
+        why = (
+            "The gradient of the step before was finite, so neither the forward pass nor the data made "
+            "them so: look at what the optimizer divides by (an eps of 0, a second moment of 0), at its "
+            "learning rate, and at what the loop writes to the weights after step(). "
+        )
+    else:
+        why = "Look at where the weights come from: an initialisation, or a checkpoint. "
+    return Sign(
+        "nonfinite_weights", "critical", float(bad.parameters), window.span(since),
+        f"the weights of {bad.parameters} of {bad.tensors} parameters, the first {bad.first}, are NaN or inf "
+        f"since before step {bad.step:,}",
+        f"{why}Go on from a checkpoint from before step {bad.step:,}: no step mends them.",
+        "IEEE 754: 0/0 and what is computed from NaN are NaN",
+        {"parameter": bad.first, "step": bad.step, "parameters": bad.parameters},
+    )  # fmt: skip
+
+
+def _are_of_weights(window: Window, where: Flags) -> bool:
+    """Whether weights that were NaN or inf already made all of these steps so."""
+    bad = window.bad_weights
+    return bad is not None and bool((window.step[where] >= bad.step).all())
 
 
 def dead_gradient(window: Window) -> Sign | None:
@@ -166,6 +202,7 @@ def loss_scale_trouble(window: Window) -> Sign | None:
 
 
 RULES: tuple[Rule, ...] = (
+    nonfinite_weights,
     nonfinite_loss,
     nonfinite_gradient,
     no_gradient,

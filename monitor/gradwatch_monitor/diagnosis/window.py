@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -30,6 +30,15 @@ class LayerSamples:
     weight_norm: Array
 
 
+class BadWeights(NamedTuple):
+    """Weights that were NaN or inf before the update of a step."""
+
+    step: int
+    first: str  # of their parameters, in model order
+    parameters: int
+    tensors: int  # parameters of the optimizer
+
+
 @dataclasses.dataclass(frozen=True)
 class Window:
     """The last steps of a run, one entry a step in order; NaN where absent."""
@@ -49,6 +58,7 @@ class Window:
     first_norms: Array
     layers: LayerSamples | None = None
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bad_weights: BadWeights | None = None  # as they were found last
 
     def __len__(self) -> int:
         """How many steps it holds."""
