@@ -93,7 +93,7 @@ def test_an_overflow_under_clipping_by_hand_is_no_nan_in_the_log(fused, own_scal
             scaler.step(optimizer)
         scaler.update()
     assert agent.flush()
-    assert "NaN" not in caplog.text
+    assert "in the gradient" not in caplog.text
     assert not of_kind(sink, "nonfinite_gradient")
     assert all(math.isfinite(r.pre_norm) for r in sink.steps if not r.skipped)
     agent.close()
