@@ -1,7 +1,7 @@
 """A job whose steps are very fast: how many of them reach the store, with the loop in the same process.
 
 A wrapped optimizer of one small parameter is stepped at a stated rate, by the clock: after each burst
-the loop waits until the rate is met, as a loop that is bound by something else does. Worker, SQLite and
+the loop waits until the rate is met, as a loop that is bound by something else does. Worker, SQLite, exporter and
 the flight recorder are those of every job. Prints the steps that were taken, stored and lost, the
 seconds that `close()` took, and the processor time of the process.
 
@@ -42,7 +42,7 @@ def main() -> None:
         weight = torch.nn.Parameter(torch.ones(8))
         optimizer = torch.optim.SGD([weight], lr=1e-6, fused=True)
         weight.grad = torch.ones(8)
-        agent = gradwatch.Agent(optimizer, store=given.store or str(path), metrics_port=None)
+        agent = gradwatch.Agent(optimizer, store=given.store or str(path), metrics_port=0)
         began, processor = time.perf_counter(), time.process_time()
         taken = 0
         while (passed := time.perf_counter() - began) < given.seconds:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from gradwatch.habits import ClippedAfterStep, ClippedTwice, NotZeroed
 from gradwatch.sinks import NotYetError
+from gradwatch.thinning import Thinning
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ class Channel:
         self.metrics = Outlet("metrics", metrics)
         self.habits = (ClippedTwice(), ClippedAfterStep(), NotZeroed())
         self.findings: list[Finding] = []  # not in the store yet
+        self.thinning = Thinning(ring.step_capacity)
         self.overhead = 0.0  # seconds in the hooks; the training thread adds to it
         self.look_at = 0.0  # when to see again whether the ring's file is there
         self.look_around_at = 0.0  # when to see again whether another process records the run

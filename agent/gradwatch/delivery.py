@@ -20,6 +20,7 @@ from gradwatch.sinks import (
     RunForgottenError,
     SinkError,
 )
+from gradwatch.thinning import ROWS, STRETCH, event, sampled
 from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from gradwatch.channel import Channel, Outlet
     from gradwatch.clock import Clock
     from gradwatch.control import Controllable
+    from gradwatch.recorder import Steps
     from gradwatch.records import Finding
     from gradwatch.troubles import Troubles
 
@@ -122,6 +124,8 @@ class Delivery:
         if not outlet.failures:
             outlet.failing_since = now
         outlet.failures += 1
+        if outlet is channel.store:
+            channel.thinning.failed()
         outlet.error = error
         outlet.retry_at = now + min(_RETRY_SECONDS, self.retry * 2.0**outlet.failures)
         if isinstance(error, RunForgottenError):
@@ -235,7 +239,7 @@ class Delivery:
         return True
 
     def _batch(self, channel: Channel, outlet: Outlet, failed: int) -> Batch:
-        steps = channel.ring.read_steps(outlet.steps, _BATCH_STEPS)
+        steps, every = self._read(channel, outlet)
         # The ring's step numbers become the run's, as the store has settled them.
         offset = channel.offset if outlet is channel.store else 0
         if offset:
@@ -266,8 +270,17 @@ class Delivery:
             events.append(self._records_dropped(channel, steps.records, dropped))
         if failed:
             events.append(self._records_dropped(channel, steps.records[-1:], {"error": failed}))
+        records = steps.records
+        if every > 1 and len(records):
+            records = records[sampled(records["step"], every)]
+            thinned = len(steps.records) - len(records)
+            if thinned:
+                dropped["thinned"] = thinned
+                first, last = (int(steps.records["step"][at]) for at in (0, -1))
+                stretch = dict(zip(STRETCH, (thinned, every, first, last), strict=True))
+                events.append(event(stretch, self._clock.time()))
         return Batch(
-            steps.records,
+            records,
             events,
             layers,
             [_moved(f, offset) for f in channel.findings] if outlet is channel.store else (),
@@ -275,6 +288,15 @@ class Delivery:
             (steps.cursor, messages.cursor),
             dropped,
         )
+
+    def _read(self, channel: Channel, outlet: Outlet) -> tuple[Steps, int]:
+        """The steps that come next for this sink, and of how many of them one is to be stored."""
+        ring = channel.ring
+        whole = channel.closing or channel.run.recovered  # no more steps come: all are stored
+        if outlet is not channel.store or whole or channel.run.rank != 0:
+            return ring.read_steps(outlet.steps, _BATCH_STEPS), 1
+        every = channel.thinning.plan(ring.heads[0] - outlet.steps)
+        return ring.read_steps(outlet.steps, ROWS * every), every
 
     def _records_dropped(self, channel: Channel, records: Any, dropped: dict[str, int]) -> Event:
         step = int(records["step"][0]) if len(records) else channel.run.start_step
@@ -286,7 +308,7 @@ class Delivery:
             self._clock.time(),
             "warning",
             f"not everything {where} step {step} reached the store: {shown}",
-            dropped,
+            dict(dropped),
             channel.run.rank,
         )
 

@@ -20,8 +20,9 @@ __all__ = [
 LABELS = ("run", "rank")
 
 # Why a record did not reach the store: the ring was full and it was overwritten; it was found
-# torn; or gradwatch itself failed on that step. "events" counts 512-byte blocks of events.
-DROP_REASONS = ("ring_full", "torn", "error", "events")
+# torn; gradwatch itself failed on that step; or it was left out evenly, because the job takes steps
+# faster than the store takes records. "events" counts 512-byte blocks of events.
+DROP_REASONS = ("ring_full", "torn", "error", "events", "thinned")
 
 # Upper bounds of the norm histograms: four a decade from 1e-4 to 1e4.
 NORM_BUCKETS = tuple(float(f"{10 ** (k / 4):.6g}") for k in range(-16, 17))

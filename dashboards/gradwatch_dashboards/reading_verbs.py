@@ -27,7 +27,7 @@ from gradwatch_dashboards.terminal import (
     progress,
     when,
 )
-from gradwatch_dashboards.words import without_gradient
+from gradwatch_dashboards.words import left_out, without_gradient
 
 if TYPE_CHECKING:
     from gradwatch_monitor.store import Event, Finding, Run, Store, Summary
@@ -79,6 +79,7 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
         findings = find(opened, found.id)
         past = ended(opened, found.id, findings)
         events = opened.events(found.id, limit=10)
+        thinned = opened.left_out(found.id)
     if as_json:
         print_json(
             {
@@ -86,13 +87,14 @@ def show(run: RunArgument, store: StoreOption = None, as_json: JsonOption = Fals
                 **dataclasses.asdict(summary),
                 "steps": summary.taken,
                 "stored_steps": summary.steps,
+                "thinned_steps": thinned,
                 "clip_ratio": summary.clip_ratio,
                 "findings": [dataclasses.asdict(f) for f in (*findings, *past)],
                 "events": [dataclasses.asdict(e) for e in events],
             }
         )
     else:
-        _show(found, str(told["status"]), summary, findings, events)
+        _show(found, str(told["status"]), summary, findings, events, thinned)
     if findings:
         raise typer.Exit(NOT_FOUND)
 
@@ -128,7 +130,12 @@ def diagnose(run: RunArgument, store: StoreOption = None, as_json: JsonOption = 
 
 
 def _show(
-    found: Run, status: str, summary: Summary, findings: list[Finding], events: list[Event]
+    found: Run,
+    status: str,
+    summary: Summary,
+    findings: list[Finding],
+    events: list[Event],
+    thinned: int,
 ) -> None:
     table = Table(box=None, show_header=False, title=escape(found.name), title_justify="left")
     steps = f"{summary.taken:,}"
@@ -153,6 +160,8 @@ def _show(
     ):
         table.add_row(label, escape(str(value)))
     out.print(table)
+    if thinned:
+        out.print(f"\n{left_out(thinned)}.")
     if summary.no_gradient:
         out.print(f"\n{without_gradient(summary.no_gradient)}.")
     for finding in findings:

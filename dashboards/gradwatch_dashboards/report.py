@@ -21,7 +21,7 @@ from gradwatch.config import redact
 from gradwatch.errors import ConfigurationError
 from gradwatch_dashboards.terminal import number
 from gradwatch_dashboards.web import charts
-from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW, without_gradient
+from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW, left_out, without_gradient
 from gradwatch_monitor import diagnose, recommend, views
 from gradwatch_monitor.applying import applied, in_force, wanted
 from gradwatch_monitor.diagnose import ended
@@ -108,6 +108,8 @@ def page(store: Store, run: Run, progress: Callable[[int, int], None] = lambda *
         identity=_identity(store, run, summary),
         summary=summary,
         without_gradient=without_gradient,
+        thinned=store.left_out(run.id),
+        left_out=left_out,
         charts=drawn,
         window=WINDOW,
         timeline=timeline,

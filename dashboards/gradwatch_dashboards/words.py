@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import time
 
-__all__ = ["BAND", "VERDICTS", "WINDOW", "last_step", "without_gradient"]
+__all__ = ["BAND", "VERDICTS", "WINDOW", "last_step", "left_out", "without_gradient"]
 
 BAND = (0.10, 0.30)  # of the clip ratio
 WINDOW = 100  # steps
@@ -39,6 +39,15 @@ def last_step(taken: float | None, *, going_on: bool, now: float | None = None) 
     if ago < _MINUTES_FROM:
         return f"{ago:.0f} s ago"
     return f"{ago / 60:.0f} min ago" if ago < _HOURS_FROM else f"{ago / 3600:.0f} h ago"
+
+
+def left_out(steps: int) -> str:
+    """That steps have no record of their own, and what counts and ratios are of."""
+    count = "1 step was" if steps == 1 else f"{steps:,} steps were"
+    return (
+        f"{count} left out evenly, because the job takes steps faster than the store takes records: "
+        "counts and ratios are of the steps in the store; every event is in the store"
+    )
 
 
 def without_gradient(steps: int) -> str:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Problem", "check"]
 
-_STEPS_LOST = ("ring_full", "torn", "error")  # in the data of a `records_dropped` event
+_STEPS_LOST = ("ring_full", "torn", "error", "thinned")  # in the data of a `records_dropped` event
 
 
 class Problem(NamedTuple):

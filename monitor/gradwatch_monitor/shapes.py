@@ -124,4 +124,8 @@ _EVENT: dict[str, Callable[[Any], bool]] = {
     "torn": _is_count,
     "error": _is_count,
     "events": _is_count,
+    "thinned": _is_count,
+    "every": _is_count,
+    "first_step": _is_count,
+    "last_step": _is_count,
 }

@@ -200,6 +200,11 @@ class Store(Database):
             found = [Event.of(dict(row._mapping), whose, self.malformed) for row in rows]
         return [event for event in found if event is not None]
 
+    def left_out(self, run_id: int) -> int:
+        """How many steps were left out evenly, because they came faster than they could be stored."""
+        dropped = self.events(run_id, kind="records_dropped")
+        return sum(int(event.data.get("thinned", 0)) for event in dropped)
+
     def findings(self, run_id: int) -> list[Finding]:
         """What was concluded about a run, the gravest first."""
         f = schema.findings.c

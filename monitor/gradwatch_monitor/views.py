@@ -193,14 +193,16 @@ def _frame(
 ) -> pd.DataFrame:
     """Columns at the positions to keep, by step; where steps are missing, a row without values.
 
-    So a line breaks where records were lost. A gap too narrow to be seen is left closed.
+    So a line breaks where records were lost. A gap too narrow to be seen is left closed, and so is
+    one that is no wider than twice what one in ten is, as they are where steps were thinned evenly.
     """
     step = columns["step"]
     jumps = np.diff(step)
     # From a block's first step to its last there is no gap.
     jumps[: 2 * len(timeline.blocks.column("steps")) : 2] = 1
     wide = max(1, (step[-1] - step[0]) // points) if len(step) else 1
-    gaps = np.flatnonzero(jumps > wide)
+    usual = np.quantile(jumps, 0.9, method="lower") if len(jumps) else 1
+    gaps = np.flatnonzero(jumps > (wide if usual <= 1 else max(wide, 2 * usual)))
     keep = np.union1d(keep, np.concatenate([gaps, gaps + 1]))
     frame = pd.DataFrame({name: values[keep] for name, values in columns.items()})
     if not len(gaps):

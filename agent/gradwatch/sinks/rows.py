@@ -12,7 +12,7 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
-from gradwatch import schema
+from gradwatch import schema, thinning
 from gradwatch.recorder import FLAGS
 from gradwatch.sinks import bulk
 
@@ -36,6 +36,7 @@ _BITS = (FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED)
 _EVENT_COLUMNS = (
     "run_id", "attempt", "step", "time", "rank", "kind", "severity", "message", "data",
 )  # fmt: skip
+_STRETCH_SECONDS = 60.0  # from the first batch of thinned steps that an event tells of to the last
 OWN_EVENTS = frozenset({"nonfinite_loss", "loss_spike", "records_dropped"})
 
 
@@ -66,6 +67,7 @@ def insert_events(connection: sa.Connection, stored: Stored, events: Sequence[Ev
     """Store events; of another rank than 0 only those that are its own, not the gradient's."""
     if stored.rank != 0:
         events = [event for event in events if event.kind in OWN_EVENTS]
+    events = [event for event in events if not _lengthens(connection, stored, event)]
     values = [
         value
         for event in events
@@ -85,6 +87,29 @@ def insert_events(connection: sa.Connection, stored: Stored, events: Sequence[Ev
     for event in events:
         if event.kind == "threshold_changed":
             _settle(connection, stored, event)
+
+
+def _lengthens(connection: sa.Connection, stored: Stored, event: Event) -> bool:
+    """Add thinned steps to the event of those before, if that is young: there is one a minute."""
+    if "thinned" not in event.data or event.kind != "records_dropped":
+        return False
+    e = schema.events.c
+    last = connection.execute(
+        sa.select(e.id, e.time, e.data)
+        .where(e.run_id == stored.run_id, e.kind == event.kind, e.attempt == stored.attempt)
+        .order_by(e.step.desc(), e.id.desc())
+        .limit(1)
+    ).first()
+    if last is None or not 0 <= event.time - last.time < _STRETCH_SECONDS:
+        return False
+    stretch = thinning.joined(last.data, event.data)
+    if stretch is None:
+        return False
+    message = thinning.event(stretch, last.time).message
+    connection.execute(
+        sa.update(schema.events).where(e.id == last.id).values(message=message, data=stretch)
+    )
+    return True
 
 
 def _settle(connection: sa.Connection, stored: Stored, event: Event) -> None:

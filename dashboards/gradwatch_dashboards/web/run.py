@@ -11,7 +11,7 @@ from gradwatch.errors import RunNotFoundError
 from gradwatch_dashboards.terminal import number
 from gradwatch_dashboards.web import charts, control
 from gradwatch_dashboards.web.source import badge, open_store, plain, tell_malformed, telling
-from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW, last_step, without_gradient
+from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW, last_step, left_out, without_gradient
 from gradwatch_monitor import Run, diagnose, views
 from gradwatch_monitor.applying import applied, in_force
 from gradwatch_monitor.diagnose import ended
@@ -189,6 +189,8 @@ def page(run_id: int) -> None:
     timeline.refresh(store)
     summary = store.summary(run_id)
     heading(run, summary)
+    if thinned := store.left_out(run_id):
+        st.caption(plain(f"{left_out(thinned)}."))
     findings(run_id)
     if not len(timeline):
         st.info("This run has not stored a step yet.")
