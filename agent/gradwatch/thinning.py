@@ -8,6 +8,7 @@ else decides, so ratios of the stored steps are those of all steps. Events are n
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,7 +24,7 @@ STRETCH = ("thinned", "every", "first_step", "last_step")  # the data of an even
 ROWS = 4_000  # stored by one batch, at most: a second where the training loop never pauses
 _MOST = 1024  # steps of which one is stored
 _BEHIND = 0.25  # of the ring: the store may be behind by so much
-_GROWN = 2  # batches in a row, after each of which more steps wait than before it
+_LATE = 0.5  # of the ring: it may be full before there is a second batch to see
 _CALM = 100  # batches in a row, before each of which hardly a step waited
 
 
@@ -33,23 +34,25 @@ class Thinning:
     def __init__(self, capacity: int) -> None:
         self.every = 1
         self._capacity = capacity
-        self._before = 0  # steps that waited before the last batch
+        self._before = math.inf  # steps that waited before the last batch; inf: not known
         self._grown = 0
         self._calm = 0
 
     def plan(self, waiting: int) -> int:
         """Of how many steps the next batch stores one; so many steps wait now.
 
-        Twice as many as before while a quarter of the ring waits, more than one batch takes, and
-        what waits grows though the store takes batches. Half as many once the store has kept up for
+        As few as came during the last batch allow, where a quarter of the ring waits, more than one
+        batch takes, and what waits grows though the store takes batches: two in a row, or one where
+        half of the ring waits. Half as many once the store has kept up for
         long.
         """
         behind = waiting > max(_BEHIND * self._capacity, ROWS * self.every)
+        came = int(waiting - self._before) + ROWS * self.every if waiting >= self._before else 0
         self._grown = self._grown + 1 if behind and waiting >= self._before else 0
         self._calm = self._calm + 1 if waiting <= ROWS * self.every else 0
         self._before = waiting
-        if self._grown > _GROWN:
-            self.every = min(2 * self.every, _MOST)
+        if self._grown > 1 or (self._grown and waiting > _LATE * self._capacity):
+            self.every = min(1 << (-(-came // ROWS) - 1).bit_length(), _MOST)
         elif self._calm > _CALM and self.every > 1:
             self.every //= 2
             self._calm = 0
@@ -57,7 +60,7 @@ class Thinning:
 
     def failed(self) -> None:
         """The store did not take the batch: that steps wait does not say that it is slow."""
-        self._grown = 0
+        self._grown, self._before = 0, math.inf
 
 
 def sampled(

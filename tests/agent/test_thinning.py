@@ -111,9 +111,9 @@ def test_thinning_ends_when_the_store_keeps_up():
     """Half as many after each hundred batches before which hardly a step waited."""
     thinning = Thinning(131_072)
     plans = [thinning.plan(waiting) for waiting in (40_000, 50_000, 60_000, 70_000, 90_000)]
-    assert plans == [1, 1, 2, 4, 8]
-    assert thinning.plan(1_000) == 8
-    assert [thinning.plan(1_000) for _ in range(400)][-1] == 1
+    assert plans == [1, 1, 4, 8, 16]
+    assert thinning.plan(1_000) == 16
+    assert [thinning.plan(1_000) for _ in range(500)][-1] == 1
 
 
 def test_one_of_each_group_is_sampled_at_places_that_vary():
