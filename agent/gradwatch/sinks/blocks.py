@@ -82,18 +82,24 @@ def store(
 
 def tail(records: Records) -> Records | None:
     """What `store` needs of these records beside the batch that comes next; None: nothing."""
-    if len(records) < _FAST:
+    if not len(records) or (len(records) < _FAST and records["step"][0] % BLOCK):
         return None
     start = int(records["step"][-1]) // BLOCK * BLOCK
     return records[int(np.searchsorted(records["step"], start)) :].copy()
 
 
 def _whole(blocks: Sequence[int], batch: Records) -> Iterator[dict[str, Any]]:
-    """The rows of those blocks that are in the batch from their first step to their last."""
+    """The rows of those blocks of which all that is stored is in the batch.
+
+    Such are those after its first one, though steps be missing, and that one if none is missing.
+    """
+    steps = batch["step"]
+    if not len(steps) or (np.diff(steps) <= 0).any():
+        return
     for block in blocks:
-        start = int(np.searchsorted(batch["step"], block * BLOCK))
-        records = batch[start : start + BLOCK]
-        if np.array_equal(records["step"], np.arange(block * BLOCK, (block + 1) * BLOCK)):
+        start, stop = np.searchsorted(steps, (block * BLOCK, (block + 1) * BLOCK)).tolist()
+        records = batch[start:stop]
+        if len(records) == BLOCK or (start and len(records)):
             yield {"block": block, **summarise(_as_stored(records))}
 
 
