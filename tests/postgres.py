@@ -105,11 +105,11 @@ class PostgresServer:
     def url(self, database):
         return f"postgresql+psycopg://gradwatch:{QUOTED}@127.0.0.1:{self.port}/{database}"
 
-    def new_database(self):
-        """The URL of an empty database."""
+    def new_database(self, options=""):
+        """The URL of an empty database, created with these options."""
         name = f"store{next(self._names)}"
         with self.connect() as connection:
-            connection.execute(f"CREATE DATABASE {name}")
+            connection.execute(f"CREATE DATABASE {name} {options}")
         return self.url(name)
 
     def query(self, url, sql, *arguments):

@@ -297,3 +297,26 @@ def test_somebody_elses_database_is_left_alone(url, query):
     with pytest.raises(errors.StoreError, match="not a gradwatch store"):
         migrate(url)
     assert query("SELECT count(*) FROM pg_tables WHERE schemaname = 'public'") == [(1,)]
+
+
+def test_a_database_of_encoding_sql_ascii_stores_and_reads_names(postgres_server):
+    """Letters beyond ASCII are in it as UTF-8, and `Store` reads them back."""
+    name = "prüfung-Ω"
+    url = postgres_server.new_database(
+        "ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0"
+    )
+    model = mlp()
+    optimizer = adamw(model)
+    agent = Agent(optimizer, model=model, run=name, store=url, tags={"größe": "ß"})
+    train(model, optimizer, 5)
+    agent.close()
+    assert postgres_server.query(url, "SHOW server_encoding") in (
+        [("SQL_ASCII",)],
+        [(b"SQL_ASCII",)],
+    )
+    ((stored, steps),) = postgres_server.query(
+        url, "SELECT convert_to(name, 'SQL_ASCII'), (SELECT count(*) FROM steps) FROM runs"
+    )
+    assert (stored, steps) == (name.encode(), 5)
+    with Store(url) as store:
+        assert [run.name for run in store.runs()] == [name]

@@ -46,6 +46,8 @@ _CONNECTION = {
     "keepalives_count": 3,
     "tcp_user_timeout": 10_000,  # milliseconds
     "application_name": "gradwatch",
+    # A database of encoding SQL_ASCII would else give bytes for text.
+    "client_encoding": "UTF8",
 }
 # A batch may be lost with the server's memory: the cursor goes with it, and the ring has it still.
 _SESSION = (
