@@ -56,7 +56,7 @@ __all__ = [
     "threshold_changes",
 ]
 
-REVISION = "0003"
+REVISION = "0004"
 VERSION_TABLE = "gradwatch_revision"
 
 # SQLite only counts up by itself on a column declared INTEGER.
@@ -157,18 +157,42 @@ step_summaries = Table(
     Column("nonfinite_loss", Integer, nullable=False),
     Column("skipped", Integer, nullable=False),
     Column("amp_overflows", Integer, nullable=False),
-    Column("pre_norm", Double),  # the last that is finite, as of the next two
+    Column("no_gradient", Integer),  # steps without any; NULL in rows of before revision 0004
+    # The last finite value of each.
+    Column("pre_norm", Double),
+    Column("post_norm", Double),
     Column("threshold", Double),
     Column("loss", Double),
-    Column("pre_norm_min", Double),  # above 0, as the next
-    Column("post_norm_min", Double),
+    Column("lr", Double),
+    Column("loss_scale", Double),
+    # What is drawn of each: the least and the greatest finite value, the mean between them, and
+    # how many values it is the mean of (NULL in rows of before revision 0004). What is drawn on a
+    # log axis has a geometric mean; it and the least are of the values above 0. `loss_geomean` is
+    # NULL where a loss is not above 0. `finite - zeros` is the count of the pre_norms.
+    Column("pre_norm_min", Double),
+    Column("pre_norm_geomean", Double),
     Column("pre_norm_max", Double),
+    Column("post_norm_min", Double),
+    Column("post_norm_geomean", Double),
     Column("post_norm_max", Double),
+    Column("post_norm_count", Integer),
     Column("threshold_min", Double),
+    Column("threshold_geomean", Double),
     Column("threshold_max", Double),
+    Column("threshold_count", Integer),
     Column("loss_min", Double),
     Column("loss_mean", Double),
+    Column("loss_geomean", Double),
     Column("loss_max", Double),
+    Column("loss_count", Integer),
+    Column("lr_min", Double),
+    Column("lr_mean", Double),
+    Column("lr_max", Double),
+    Column("lr_count", Integer),
+    Column("loss_scale_min", Double),
+    Column("loss_scale_mean", Double),
+    Column("loss_scale_max", Double),
+    Column("loss_scale_count", Integer),
     Column("spike", Double),  # the greatest norm in units of the median of the 50 before it
     Column("burst", Double),  # the greatest log(q98 / median) within 100 steps
     Column("norms", LargeBinary, nullable=False),  # a histogram

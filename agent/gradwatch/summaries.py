@@ -56,7 +56,7 @@ Integers = np.ndarray[Any, np.dtype[np.signedinteger[Any]]]
 
 # The columns of `step_records` that a summary is made of.
 INPUTS = (
-    "step", "time", "loss", "pre_norm", "post_norm", "threshold", "loss_scale",
+    "step", "time", "loss", "lr", "pre_norm", "post_norm", "threshold", "loss_scale",
     "clipped", "nonfinite", "nonfinite_loss", "skipped",
 )  # fmt: skip
 
@@ -91,7 +91,8 @@ def summarise(records: Mapping[str, Any]) -> dict[str, Any]:
     """
     norms, losses = _finite(records["pre_norm"]), _finite(records["loss"])
     thresholds, post = _finite(records["threshold"]), _finite(records["post_norm"])
-    positive = norms[norms > 0]
+    rates, scales = _finite(records["lr"]), _finite(records["loss_scale"])
+    positive, post_positive = norms[norms > 0], post[post > 0]
     skipped, nonfinite = records["skipped"] != 0, records["nonfinite"] != 0
     overflow = skipped & ~nonfinite & np.isnan(records["pre_norm"])
     burst = bursts(positive)
@@ -107,19 +108,37 @@ def summarise(records: Mapping[str, Any]) -> dict[str, Any]:
         "nonfinite_loss": int((records["nonfinite_loss"] != 0).sum()),
         "skipped": int(skipped.sum()),
         "amp_overflows": int((overflow & ~np.isnan(records["loss_scale"])).sum()),
+        "no_gradient": int((np.isnan(records["pre_norm"]) & ~nonfinite & ~skipped).sum()),
         "pre_norm": _last(norms),
+        "post_norm": _last(post),
         "threshold": _last(thresholds),
         "loss": _last(losses),
+        "lr": _last(rates),
+        "loss_scale": _last(scales),
         "pre_norm_min": _least(positive),
+        "pre_norm_geomean": _geomean(positive),
         "pre_norm_max": _greatest(norms),
-        "post_norm_min": _least(post[post > 0]),
+        "post_norm_min": _least(post_positive),
+        "post_norm_geomean": _geomean(post_positive),
         "post_norm_max": _greatest(post),
+        "post_norm_count": len(post_positive),
         "threshold_min": _least(thresholds),
+        "threshold_geomean": _geomean(thresholds[thresholds > 0]),
         "threshold_max": _greatest(thresholds),
+        "threshold_count": int((thresholds > 0).sum()),
         "loss_min": _least(losses),
-        # Divided first: the sum of what is finite need not be.
-        "loss_mean": float((losses / len(losses)).sum()) if len(losses) else None,
+        "loss_mean": _mean(losses),
+        "loss_geomean": _geomean(losses) if (losses > 0).all() else None,
         "loss_max": _greatest(losses),
+        "loss_count": len(losses),
+        "lr_min": _least(rates),
+        "lr_mean": _mean(rates),
+        "lr_max": _greatest(rates),
+        "lr_count": len(rates),
+        "loss_scale_min": _least(scales),
+        "loss_scale_mean": _mean(scales),
+        "loss_scale_max": _greatest(scales),
+        "loss_scale_count": len(scales),
         "spike": float(spikes(positive).max()) if len(positive) else None,
         "burst": float(burst.max()) if len(burst) else None,
         "norms": encode(positive),
@@ -265,3 +284,21 @@ def _least(values: Floats) -> float | None:
 
 def _greatest(values: Floats) -> float | None:
     return float(values.max()) if len(values) else None
+
+
+def _mean(values: Floats) -> float | None:
+    # Each value is divided before the sum: the sum of finite values need not be finite.
+    return _within(float((values / len(values)).sum()), values) if len(values) else None
+
+
+def _geomean(values: Floats) -> float | None:
+    """The mean on a log axis, exp(mean(ln x)); all values have to be above 0."""
+    if not len(values):
+        return None
+    mean = min(float(np.log(values).mean()), math.log(_LARGEST))  # rounded up, it may be past that
+    return _within(math.exp(mean), values)
+
+
+def _within(mean: float, values: Floats) -> float:
+    """The mean without its rounding error where that puts it outside of the values."""
+    return min(max(mean, float(values.min())), float(values.max()))

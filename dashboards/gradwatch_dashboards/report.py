@@ -21,7 +21,7 @@ from gradwatch.config import redact
 from gradwatch.errors import ConfigurationError
 from gradwatch_dashboards.terminal import number
 from gradwatch_dashboards.web import charts
-from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW, left_out, without_gradient
+from gradwatch_dashboards.words import BAND, BANDS, VERDICTS, WINDOW, left_out, without_gradient
 from gradwatch_monitor import diagnose, recommend, views
 from gradwatch_monitor.applying import applied, in_force, wanted
 from gradwatch_monitor.diagnose import ended
@@ -113,6 +113,7 @@ def page(store: Store, run: Run, progress: Callable[[int, int], None] = lambda *
         charts=drawn,
         window=WINDOW,
         timeline=timeline,
+        bands=None if (drawn := timeline.bands()) is None else BANDS.format(width=drawn.width),
         band="–".join(f"{100 * bound:.0f}" for bound in BAND),
         findings=[*now, *ended(store, run.id, now)],
         events=events[:EVENTS],
@@ -138,7 +139,7 @@ def _charts(
     events = views.event_marks(store, run.id, charts.MARKED)
     marks = views.changes_table(applied(store, run.id))
     norms, broken = views.norms_chart(timeline), views.nonfinite_stretches(timeline)
-    if norms["pre_norm"].notna().any():
+    if norms.filter(regex="^pre_norm").notna().any(axis=None):
         yield "norms", _WIDE, charts.norms(norms, events, marks, broken)
     window = views.window_of(timeline, WINDOW)
     ratios = views.clip_ratio(timeline, window)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import datetime as dt
 import time
 
-__all__ = ["BAND", "VERDICTS", "WINDOW", "last_step", "left_out", "without_gradient"]
+__all__ = ["BAND", "BANDS", "VERDICTS", "WINDOW", "last_step", "left_out", "without_gradient"]
 
 BAND = (0.10, 0.30)  # of the clip ratio
 WINDOW = 100  # steps
+BANDS = (
+    "Each band is {width:,} steps: the shaded range is from the least value to the greatest, the thick "
+    "line is the mean (on a log axis the geometric one), and the thin line is the last value."
+)
 VERDICTS = {
     "keep": "keep the threshold",
     "change": "change the threshold",

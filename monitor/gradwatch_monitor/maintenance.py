@@ -65,6 +65,11 @@ class Maintained:
                 connection.exec_driver_sql("SET lock_timeout TO 0")
             yield connection
 
+    def checkpoint(self) -> None:
+        """Fold SQLite's WAL back where it has grown: between the transactions of a long task."""
+        if self.path is not None:
+            sqlite.checkpoint(self._engine, self.path)
+
     def __enter__(self) -> Self:
         """Use it as a context."""
         return self

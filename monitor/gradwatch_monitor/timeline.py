@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import Counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -65,6 +64,7 @@ _COUNTED = (
     "nonfinite",
     "skipped",
     "amp_overflows",
+    "no_gradient",
     "last_time",
     "loss",
     "pre_norm",
@@ -203,7 +203,7 @@ def summary(connection: sa.Connection, run_id: int) -> Summary:
         )
     ).one()
     total = {name: int(old.column(name).sum()) + found._mapping[name] for name in counts}
-    total["no_gradient"] = found.no_gradient + _absent_in(connection, run_id, parts, old)
+    total["no_gradient"] = found.no_gradient + _absent_in(old)
     news = {
         f"last_{name}": _last(connection, run_id, parts, name, edge)
         for name in ("step", "time", "loss", "pre_norm", "threshold")
@@ -222,45 +222,17 @@ def _without_gradient(record: Any) -> sa.ColumnElement[bool]:
     return sa.and_(record.pre_norm.is_(None), sa.not_(explained))
 
 
-def _absent_in(connection: sa.Connection, run_id: int, parts: list[Part], old: Blocks) -> int:
+def _absent_in(old: Blocks) -> int:
     """How many steps of these blocks had no gradient.
 
-    A block's row does not count them. They are its steps without a finite norm, less those with NaN
-    or inf and those that a loss scaler suppressed; of the latter, the row counts those whose loss scale
-    is known. Where more steps were skipped than it explains, the records are asked. Of a block whose
-    records were pruned, only steps that no other reason can explain are counted.
+    Of a block that an older version summed up, and whose records are gone, only the steps without a
+    finite norm that no other reason can explain are counted.
     """
     column = old.column
-    others = column("skipped") - column("amp_overflows")
-    absent = column("steps") - column("finite") - column("nonfinite") - column("amp_overflows")
-    unsure = (absent > 0) & (others > 0)
-    total = int(absent[~unsure].clip(min=0).sum())
-    at_least: Counter[int] = Counter()
-    for first, least in zip(column("first_step")[unsure], (absent - others)[unsure], strict=True):
-        at_least[int(first) // BLOCK] += max(0, int(least))
-    counted = _absent_by_block(connection, run_id, parts, sorted(at_least))
-    return total + sum(max(counted[block], least) for block, least in at_least.items())
-
-
-def _absent_by_block(
-    connection: sa.Connection, run_id: int, parts: list[Part], wanted: list[int]
-) -> Counter[int]:
-    """The visible steps without a gradient in each of these blocks, from their records."""
-    counted: Counter[int] = Counter()
-    r = step_records.c
-    block = r.step // BLOCK
-    for row in np.split(wanted, np.flatnonzero(np.diff(wanted) > 1) + 1) if wanted else ():
-        for part in parts:
-            query = (
-                sa.select(block, sa.func.count())
-                .where(r.run_id == run_id, r.attempt == part.attempt, _without_gradient(r))
-                .where(r.step >= int(row[0]) * BLOCK)
-                .where(r.step < min(part.stop, (int(row[-1]) + 1) * BLOCK))
-                .group_by(block)
-            )
-            for number, steps in connection.execute(query):
-                counted[number] += steps
-    return counted
+    explained = column("nonfinite") + column("skipped")
+    at_least = (column("steps") - column("finite") - explained).clip(min=0)
+    known = column("no_gradient")
+    return int(np.where(np.isnan(known), at_least, known).sum())
 
 
 def last_step(connection: sa.Connection, run_id: int) -> int | None:

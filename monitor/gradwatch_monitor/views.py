@@ -9,7 +9,9 @@ import pandas as pd
 from tsdownsample import MinMaxLTTBDownsampler
 
 from gradwatch.errors import StoreError
+from gradwatch.summaries import BLOCK
 from gradwatch_monitor.applying import outcomes
+from gradwatch_monitor.bands import Bands
 from gradwatch_monitor.diagnose import concluded
 from gradwatch_monitor.evidence import BURN_IN
 from gradwatch_monitor.history import COLUMNS, History, facts, first_of
@@ -46,9 +48,13 @@ __all__ = [
 
 # Of the record, what is drawn and what the recommendation looks at.
 _COLUMNS = (
-    "step", "time", "loss", "lr", "pre_norm", "post_norm", "threshold", "clipped", "nonfinite",
-    "nonfinite_loss", "skipped",
+    "step", "time", "loss", "lr", "pre_norm", "post_norm", "threshold", "loss_scale", "clipped",
+    "nonfinite", "nonfinite_loss", "skipped",
 )  # fmt: skip
+POINTS = 1500  # of a line, at most; bands have three values each, and are a third as many
+_SHARE = 0.01  # of a band's steps with NaN or inf, from which on it is drawn
+_DRAWN = tuple(name for name in _COLUMNS if name not in {"time", "skipped"})
+_DETAILED = 100_000  # steps of a run that is drawn from all of them, not from its blocks
 _STRETCH = 10  # steps in a row with NaN or inf, from which on they are drawn as one
 MARKS_AT_MOST = 200  # of a kind
 
@@ -70,6 +76,7 @@ class Timeline:
         self._change: Event | None = None  # the last that was applied
         self._findings: list[Finding] = []
         self._columns: dict[str, np.ndarray[Any, Any]] = {}
+        self._older: dict[str, np.ndarray[Any, Any]] | None = None  # the blocks' steps, to be drawn
 
     def refresh(self, store: Store) -> None:
         """Read the steps that have come since."""
@@ -80,6 +87,7 @@ class Timeline:
             self._past = past
             self.blocks, self._columns = store.long(self.run_id, _COLUMNS)
             self._first_loss = store.first_loss(self.run_id) if self.blocks.steps else None
+            self._older = self._detail(store)
             return
         known = self._columns["step"]
         start = int(known[-1]) + 1 if len(known) else None
@@ -88,6 +96,15 @@ class Timeline:
             self._columns = {
                 name: np.concatenate([column, new[name]]) for name, column in self._columns.items()
             }
+
+    def _detail(self, store: Store) -> dict[str, np.ndarray[Any, Any]] | None:
+        """What is drawn of the blocks' steps, where they are few and all of them are left."""
+        if not self.blocks.steps or len(self) > _DETAILED:
+            return None
+        steps = self["step"]
+        stop = int(steps[0]) if len(steps) else None
+        older = store.columns(self.run_id, _DRAWN, stop=stop)
+        return older if len(older["step"]) == self.blocks.steps else None
 
     def __len__(self) -> int:
         """How many steps there are."""
@@ -119,35 +136,23 @@ class Timeline:
         """The run after its first fifth, as `recommend` sees it."""
         return self._history().since(BURN_IN)
 
-    def at(self, steps: np.ndarray[Any, Any]) -> np.ndarray[Any, Any] | None:
-        """Where points of these steps stand; None where they are evenly apart, as of each step."""
-        return steps if self.blocks.steps else None
+    def bands(self, points: int = POINTS) -> Bands | None:
+        """What charts draw of a run that is longer than what is read step by step; else None."""
+        first = first_of(self.blocks, self["step"])
+        if first is None:
+            return None
+        edge = (self.last_step + 1 - RECENT) // BLOCK * BLOCK  # as where the run is read anew
+        if not self.blocks.steps and edge <= first:
+            return None
+        if self._older is None or len(self) > _DETAILED:
+            return Bands.of(self.blocks, self._columns, points)
+        pieces = {name: np.concatenate([self._older[name], self[name]]) for name in _DRAWN}
+        return Bands.of(Blocks.none(), pieces, points)
 
     @property
     def has_nonfinite_loss(self) -> bool:
         """Whether a loss was logged that was NaN or inf."""
-        return bool(self.drawn("nonfinite_loss")["nonfinite_loss"].any())
-
-    def drawn(self, *names: str) -> dict[str, np.ndarray[Any, Any]]:
-        """Columns to draw lines of: a block is two points, the least value and the greatest."""
-        columns = {name: self[name] for name in ("step", *names)}
-        if not self.blocks.steps:
-            return columns
-        block = self.blocks.column
-        for name, column in columns.items():
-            if name == "step":
-                ends = block("first_step"), block("last_step")
-            elif name == "time":
-                ends = block("last_time"), block("last_time")
-            elif column.dtype == bool:  # of the least value, where all are; of the greatest, any
-                every = block("finite" if name == "clipped" else "steps")
-                ends = (block(name) == every) & (every > 0), block(name) > 0
-            elif name == "lr":  # not summarised
-                ends = (np.full(len(block("steps")), np.nan),) * 2
-            else:
-                ends = block(f"{name}_min"), block(f"{name}_max")
-            columns[name] = np.concatenate([np.column_stack(ends).ravel(), column])
-        return columns
+        return bool(self.blocks.column("nonfinite_loss").any() or self["nonfinite_loss"].any())
 
     def outcomes(self, store: Store, changes: Sequence[Applied]) -> list[Outcome]:
         """What came of each change; a block that one falls into is read step by step."""
@@ -186,10 +191,7 @@ def thin(
 
 
 def _frame(
-    timeline: Timeline,
-    columns: dict[str, Any],
-    keep: np.ndarray[Any, np.dtype[np.int64]],
-    points: int,
+    columns: dict[str, Any], keep: np.ndarray[Any, np.dtype[np.int64]], points: int
 ) -> pd.DataFrame:
     """Columns at the positions to keep, by step; where steps are missing, a row without values.
 
@@ -197,10 +199,8 @@ def _frame(
     one that is no wider than twice what one in ten is, as they are where steps were thinned evenly.
     """
     step = columns["step"]
-    jumps = np.diff(step)
-    # From a block's first step to its last there is no gap.
-    jumps[: 2 * len(timeline.blocks.column("steps")) : 2] = 1
     wide = max(1, (step[-1] - step[0]) // points) if len(step) else 1
+    jumps = np.diff(step)
     usual = np.quantile(jumps, 0.9, method="lower") if len(jumps) else 1
     gaps = np.flatnonzero(jumps > (wide if usual <= 1 else max(wide, 2 * usual)))
     keep = np.union1d(keep, np.concatenate([gaps, gaps + 1]))
@@ -214,99 +214,124 @@ def _frame(
     return joined.sort_values("step", kind="stable", ignore_index=True)
 
 
-def norms_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
+def norms_chart(timeline: Timeline, points: int = POINTS) -> pd.DataFrame:
     """Step, pre_norm, post_norm, threshold, clipped, time: thinned, for a log axis.
 
-    A norm of 0 has no place on a log axis and is left out, as are non-finite ones.
+    A norm of 0 has no place on a log axis and is left out, as are non-finite ones. Of a long run,
+    bands (step, to) with _min, _geomean, _max and _last of each.
     """
-    columns = timeline.drawn("pre_norm", "time", "post_norm", "threshold", "clipped", "skipped")
-    pre = columns["pre_norm"]
-    columns["pre_norm"] = np.where(pre > 0, pre, np.nan)
-    keep = thin(np.log(columns["pre_norm"]), points, timeline.at(columns["step"]))
-    return _frame(timeline, columns, keep, points)
+    names = ("pre_norm", "post_norm", "threshold")
+    if (bands := timeline.bands(points)) is not None:
+        pre, post, limit = (bands.columns(name, geometric=True) for name in names)
+        return bands.frame(**pre, **post, **limit)
+    shown = ("step", "pre_norm", "time", "post_norm", "threshold", "clipped", "skipped")
+    columns = {name: timeline[name] for name in shown}
+    norms = columns["pre_norm"]
+    columns["pre_norm"] = np.where(norms > 0, norms, np.nan)
+    keep = thin(np.log(columns["pre_norm"]), points)
+    for name in ("post_norm", "threshold"):
+        keep = np.union1d(keep, _corners(columns[name], points // 2))
+    return _frame(columns, keep, points)
+
+
+def _corners(values: np.ndarray[Any, Any], points: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Positions of about `points` values that draw the same line: where it moves, if it seldom does."""
+    moves = np.flatnonzero(np.diff(values) != 0)
+    moves = np.union1d(moves, moves + 1)
+    return moves if len(moves) <= points else thin(values, points)
 
 
 def nonfinite_stretches(timeline: Timeline) -> pd.DataFrame:
     """First and last step of each stretch of at least ten in a row with NaN or inf in the gradient.
 
-    A block of which every step has is part of one.
+    Of a long run, the bands in which at least ten and a hundredth of the steps had, and the `share`.
     """
-    block = timeline.blocks.column
-    whole = block("nonfinite") == block("steps")
-    first = np.concatenate([block("first_step"), timeline["step"]])
-    last = np.concatenate([block("last_step"), timeline["step"]])
-    bad = np.concatenate([whole, timeline["nonfinite"]]).astype(np.int8)
+    if (bands := timeline.bands()) is not None:
+        count, steps = bands.total("nonfinite"), bands.total("steps")
+        bad = (count >= _STRETCH) & (count >= _SHARE * steps)
+        columns = {"step": bands.step, "to": bands.to - 1, "share": count / steps}
+        frame = pd.DataFrame(columns)[bad]
+        goes_on = (frame["step"] == frame["to"].shift() + 1) & (frame["share"] == 1)
+        stretch = (~(goes_on & (frame["share"].shift() == 1))).cumsum()
+        frame = frame.groupby(stretch).agg({"step": "first", "to": "last", "share": "first"})
+        return frame.reset_index(drop=True)
+    bad = timeline["nonfinite"].astype(np.int8)
     edges = np.diff(bad, prepend=0, append=0)
     start, stop = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1) - 1
-    frame = pd.DataFrame({"step": first[start], "to": last[stop]})
+    step = timeline["step"]
+    frame = pd.DataFrame({"step": step[start], "to": step[stop]})
     return frame[frame["to"] - frame["step"] >= _STRETCH - 1].reset_index(drop=True)
 
 
 def window_of(timeline: Timeline, window: int) -> int:
-    """Over how many steps the clip ratio is drawn: `window`, or as many as a long run's blocks have."""
-    steps = timeline.blocks.column("steps")
-    return max(window, int(np.median(steps))) if len(steps) else window
+    """Over how many steps the clip ratio is drawn: `window`, or those of a long run's bands."""
+    bands = timeline.bands()
+    return window if bands is None else bands.width
 
 
-def clip_ratio(timeline: Timeline, window: int, points: int = 1500) -> pd.DataFrame:
-    """Step and clip_ratio: that of the last `window` steps, from the step on that has so many.
+def clip_ratio(timeline: Timeline, window: int, points: int = POINTS) -> pd.DataFrame:
+    """Step and clip_ratio: clipped steps over those with a finite gradient norm.
 
-    Of a block it is the block's, at its last step; see `window_of`. Where none of these steps has a
-    finite norm there is a gap; where none of the run's has, the frame is empty.
+    Among the last `window` steps, once there are that many. Of a long run, in each band (step, to).
     """
-    clipped, finite = (
-        _rolling_sum(flags, window)
-        for flags in (timeline["clipped"], np.isfinite(timeline["pre_norm"]))
-    )
-    block = timeline.blocks.column
-    recent = timeline["step"][len(timeline["step"]) - len(clipped) :]
-    steps = np.concatenate([block("last_step"), recent])
-    ratio = clip_ratios(
-        np.concatenate([block("clipped"), clipped]), np.concatenate([block("finite"), finite])
-    )
+    if (bands := timeline.bands(points)) is not None:
+        ratio = clip_ratios(bands.total("clipped"), bands.finite)
+        return bands.frame(clip_ratio=ratio) if np.isfinite(ratio).any() else _nothing("clip_ratio")
+    flags = timeline["clipped"], np.isfinite(timeline["pre_norm"])
+    if len(flags[0]) < window:
+        return _nothing("clip_ratio")
+    ratio = clip_ratios(*(_rolling_sum(values, window) for values in flags))
     if not np.isfinite(ratio).any():
         return _nothing("clip_ratio")
-    keep = thin(ratio, points, timeline.at(steps))
-    if timeline.blocks.steps:
-        return pd.DataFrame({"step": steps[keep], "clip_ratio": ratio[keep]})
-    return _frame(timeline, {"step": steps, "clip_ratio": ratio}, keep, points)
+    columns = {"step": timeline["step"][window - 1 :], "clip_ratio": ratio}
+    return _frame(columns, thin(ratio, points), points)
 
 
 def _rolling_sum(flags: np.ndarray[Any, Any], window: int) -> np.ndarray[Any, Any]:
     """How many of each `window` in a row are set."""
     total = np.concatenate([[0], np.cumsum(flags)])
-    return np.asarray(total[window:] - total[:-window] if len(flags) >= window else total[:0])
+    return np.asarray(total[window:] - total[:-window])
 
 
-def loss_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
+def loss_chart(timeline: Timeline, points: int = POINTS) -> pd.DataFrame:
     """Step and loss, thinned; empty where no finite one was logged.
 
-    Steps without one are left out, as where each tenth is logged; one that was NaN is a gap.
+    Steps without one are left out, as where each tenth is logged; one that was NaN is a gap. Of a
+    long run, bands (step, to) with loss_min, loss_mean, loss_geomean, loss_max and loss_last.
     """
-    columns = timeline.drawn("loss", "nonfinite_loss")
-    loss, bad = columns["loss"], columns.pop("nonfinite_loss")
+    if (bands := timeline.bands(points)) is not None:
+        columns = bands.columns("loss", geometric=False)
+        columns["loss_geomean"] = bands.values("loss", geometric=True).mean
+        known = np.isfinite(columns["loss_min"])
+        if not known.any():
+            return _nothing("loss")
+        frame = bands.frame(**columns, logged=known | (bands.total("nonfinite_loss") > 0))
+        return frame[frame.pop("logged") != False].reset_index(drop=True)  # noqa: E712 - NaN in gaps
+    loss, bad = timeline["loss"], timeline["nonfinite_loss"]
     if not np.isfinite(loss).any():
         return _nothing("loss")
     logged = np.flatnonzero(np.isfinite(loss) | bad)
-    keep = logged[thin(loss[logged], points, columns["step"][logged])]
-    return _frame(timeline, columns, keep, points)
+    keep = logged[thin(loss[logged], points, timeline["step"][logged])]
+    return _frame({"step": timeline["step"], "loss": loss}, keep, points)
 
 
-def lr_chart(timeline: Timeline, points: int = 1500) -> pd.DataFrame:
-    """Step and lr, thinned; empty where the optimizer has none. Of a long run, of its last steps."""
-    return _line_chart(timeline, "lr", points)
+def lr_chart(timeline: Timeline, points: int = POINTS) -> pd.DataFrame:
+    """Step and lr, thinned; empty where the optimizer has none.
+
+    Of a long run, bands (step, to) with lr_min, lr_mean, lr_max and lr_last.
+    """
+    if (bands := timeline.bands(points)) is not None:
+        columns = bands.columns("lr", geometric=False)
+        known = np.isfinite(columns["lr_min"]).any()
+        return bands.frame(**columns) if known else _nothing("lr")
+    rates = timeline["lr"]
+    if not np.isfinite(rates).any():
+        return _nothing("lr")
+    return _frame({"step": timeline["step"], "lr": rates}, thin(rates, points), points)
 
 
 def _nothing(name: str) -> pd.DataFrame:
     return pd.DataFrame({"step": np.empty(0, np.int64), name: np.empty(0)})
-
-
-def _line_chart(timeline: Timeline, name: str, points: int) -> pd.DataFrame:
-    columns = timeline.drawn(name)
-    if not np.isfinite(columns[name]).any():
-        return _nothing(name)
-    keep = thin(columns[name], points, timeline.at(columns["step"]))
-    return _frame(timeline, columns, keep, points)
 
 
 def what_if(timeline: Timeline, threshold: float) -> tuple[float, int]:

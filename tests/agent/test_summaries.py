@@ -90,28 +90,39 @@ def test_a_row_is_numpys():
     """Counts, extremes, means and last values of a thousand records."""
     records = table(1000)
     row = summaries.summarise(records)
-    pre, loss, threshold = (records[name] for name in ("pre_norm", "loss", "threshold"))
+    pre, loss = records["pre_norm"], records["loss"]
     positive = pre[pre > 0]
     overflow = (
         (records["skipped"] == 1) & (records["nonfinite"] == 0) & np.isnan(pre)
         & np.isfinite(records["loss_scale"])
     )  # fmt: skip
     assert row.pop("norms") == summaries.encode(positive)
-    assert row == pytest.approx({
+    expected = {
         "first_step": 7000, "last_step": 7999, "last_time": records["time"][-1], "steps": 1000,
         "finite": np.isfinite(pre).sum(), "zeros": (pre == 0).sum(),
         **{name: records[name].sum()
            for name in ("clipped", "nonfinite", "nonfinite_loss", "skipped")},
         "amp_overflows": overflow.sum(),
-        "pre_norm": pre[np.isfinite(pre)][-1], "loss": loss[np.isfinite(loss)][-1],
-        "threshold": threshold[np.isfinite(threshold)][-1],
-        "pre_norm_min": positive.min(), "pre_norm_max": np.nanmax(pre),
-        "post_norm_min": np.nanmin(records["post_norm"]),
-        "post_norm_max": np.nanmax(records["post_norm"]),
-        "threshold_min": np.nanmin(threshold), "threshold_max": np.nanmax(threshold),
-        "loss_min": np.nanmin(loss), "loss_mean": np.nanmean(loss), "loss_max": np.nanmax(loss),
+        "no_gradient": (
+            np.isnan(pre) & (records["nonfinite"] == 0) & (records["skipped"] == 0)
+        ).sum(),
         "spike": summaries.spikes(positive).max(), "burst": summaries.bursts(positive).max(),
-    })  # fmt: skip
+    }  # fmt: skip
+    for name in ("pre_norm", "post_norm", "threshold", "loss", "lr", "loss_scale"):
+        values = records[name][np.isfinite(records[name])]
+        above = values[values > 0]
+        expected[name] = values[-1]
+        expected[f"{name}_max"] = values.max()
+        if name in ("pre_norm", "post_norm", "threshold"):
+            expected[f"{name}_min"] = above.min()
+            expected[f"{name}_geomean"] = np.exp(np.log(above).mean())
+            expected[f"{name}_count"] = len(above)
+        else:
+            expected[f"{name}_min"], expected[f"{name}_mean"] = values.min(), values.mean()
+            expected[f"{name}_count"] = len(values)
+    del expected["pre_norm_count"]  # it is finite - zeros
+    expected["loss_geomean"] = np.exp(np.log(loss[np.isfinite(loss)]).mean())
+    assert row == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("value", [math.nan, 0.0, 5e-324, 1.7e308, -1.7e308])

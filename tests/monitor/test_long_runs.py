@@ -118,7 +118,8 @@ def agrees(url):
     for q in (0.0, 0.01, 0.5, 0.8, 0.99, 1.0):
         assert history.quantile(q) == pytest.approx(np.quantile(norms, q), rel=0.008)
     for threshold in (0.3, 1.0, 2.2):
-        low, high = ((norms > threshold * factor).mean() for factor in (1.016, 1 / 1.016))
+        finite = frame.pre_norm.dropna().to_numpy()  # those of 0 too
+        low, high = ((finite > threshold * factor).mean() for factor in (1.016, 1 / 1.016))
         assert low <= history.ratio(threshold) <= high
     curve = views.what_if_curve(timeline)
     assert curve.clip_ratio.tolist() == [history.since(0.2).ratio(t) for t in curve.threshold]
@@ -197,25 +198,23 @@ def test_the_verdict_is_that_of_the_steps(new_store):
 
 
 def test_charts_of_a_long_run_keep_its_extremes(long):
-    """The greatest norm and loss of all steps are drawn, in few points, by step, no false gap."""
+    """The greatest norm and loss of all steps are drawn, in few bands, by step, no false gap."""
     with Store(long) as store:
         frame = store.steps(1)
         timeline = views.Timeline(1)
         timeline.refresh(store)
     norms, losses = views.norms_chart(timeline, 800), views.loss_chart(timeline, 800)
-    assert norms.pre_norm.max() == frame.pre_norm.max()
-    assert losses.loss.max() == frame.loss.max()
-    assert losses.loss.min() == frame.loss.min()
+    assert norms.pre_norm_max.max() == frame.pre_norm.max()
+    assert losses.loss_max.max() == frame.loss.max()
+    assert losses.loss_min.min() == frame.loss.min()
     ratios = views.clip_ratio(timeline, 100, 800)
     for chart in (norms, losses, ratios):
-        assert len(chart) < 1800
+        assert len(chart) <= 300
         assert np.all(np.diff(chart.step) >= 0)
-    assert ratios.step.iloc[0] == 999
-    block = frame[frame.step < 1000]
-    assert ratios.clip_ratio.iloc[0] == block.clipped.sum() / block.pre_norm.notna().sum()
+    first = frame[frame.step < ratios.to.iloc[0]]
+    assert ratios.clip_ratio.iloc[0] == first.clipped.sum() / first.pre_norm.notna().sum()
     assert timeline.last_step == LONG - 1
-    gaps = norms[norms[["pre_norm", "post_norm", "threshold"]].isna().all(axis=1)]
-    assert [step for step in gaps.step if step < 23_000] == [4000]
+    assert norms.to.iloc[-1] == LONG
 
 
 def test_a_live_timeline_goes_on(new_store):

@@ -213,9 +213,11 @@ def test_losses_that_were_nan_are_a_gap_however_many_there_are():
         timeline.refresh(store)
     losses = views.loss_chart(timeline)
     assert timeline.blocks.steps > 20_000
-    broken = losses.loc[losses["loss"].isna(), "step"]
-    assert len(broken)
-    assert broken.between(30_000, 35_000).all()
+    unknown = losses[losses["loss_last"].isna()]
+    assert len(unknown)
+    assert (unknown["step"].ge(29_000) & unknown["to"].le(36_000)).all()
+    known = losses[losses["loss_last"].notna()]
+    assert (known[["loss_min", "loss_mean", "loss_max", "loss_last"]] == 1.0).all(axis=None)
 
 
 def test_a_run_without_losses_or_norms():

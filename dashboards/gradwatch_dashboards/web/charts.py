@@ -8,6 +8,7 @@ import altair as alt
 import numpy as np
 import pandas as pd
 
+from gradwatch_dashboards.web import bands
 from gradwatch_monitor.views import MARKS_AT_MOST
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ _NORM_COLOURS = {
     THRESHOLD: "#222831",
     CLIPPED: "#e8833a",
 }
+_NORMS = {"pre_norm": BEFORE, "post_norm": AFTER, "threshold": THRESHOLD}
 _EVENT_COLOURS = {
     "NaN or inf": "#d62728",
     "norm spike": "#9467bd",
@@ -41,13 +43,16 @@ _EVENT_NAMES = {
     "amp_overflow": "AMP overflow",
     "records_dropped": "records lost",
 }
+# What is drawn as an area: all steps, or of a band some.
+_NAN_AREAS = {"stretch of NaN": "#d62728", "NaN in some steps": "#e07b7b"}
 MARKED = tuple(_EVENT_NAMES)  # kinds of events
 _APPLIED, _APPLIED_COLOUR = "threshold applied", "#12806a"
 _WIDE = 20.0  # times the least loss, from which on a loss is drawn on a log scale
 _CROWD = 40  # marks, above which they are drawn fainter: the lines are what matters
 _LEGEND = alt.Legend(
-    title=None, orient="top", direction="horizontal", symbolStrokeWidth=2, labelLimit=400
-)
+    title=None, orient="top", direction="horizontal", symbolStrokeWidth=2, symbolOpacity=1,
+    labelLimit=400,
+)  # fmt: skip
 
 
 def norms(
@@ -60,25 +65,35 @@ def norms(
 
     `stretches` are those of NaN, drawn as areas.
     """
-    drawn = frame.rename(columns={"pre_norm": BEFORE, "post_norm": AFTER, "threshold": THRESHOLD})
-    kinds = [name for name in (BEFORE, AFTER, THRESHOLD) if drawn[name].notna().any()]
+    x = _step_axis(frame)
+    kinds_marked = (
+        "nonfinite_gradient", "nonfinite_weights", "grad_norm_spike", "spike_skipped", "amp_overflow",
+        "records_dropped",
+    )  # fmt: skip
+    area, rules = _areas(stretches, x), _rules(events, stretches, kinds_marked, x)
+    lines = _norm_bands(frame, x) if bands.is_banded(frame) else _norm_lines(frame, x)
+    return _layered(area, rules, *lines, *_applied(changes, x), height=340)
+
+
+def _norm_bands(frame: pd.DataFrame, x: alt.X) -> list[alt.Chart]:
+    """The norms of a long run. Which of its steps were clipped is in the clip ratio's chart."""
+    kinds = {name: kind for name, kind in _NORMS.items() if frame[f"{name}_min"].notna().any()}
+    every = bands.tidy(frame, kinds or _NORMS, mean="geomean")
+    y = _norm_axis(pd.concat([every["least"], every["greatest"]]))
+    return bands.layers(every, x, y, _norm_colour([*kinds.values()]), dashed=THRESHOLD)
+
+
+def _norm_lines(frame: pd.DataFrame, x: alt.X) -> list[alt.Chart]:
+    """The norms step by step, and which of the steps were clipped."""
+    drawn = frame.rename(columns=_NORMS)
+    kinds = [name for name in _NORMS.values() if drawn[name].notna().any()]
     lines = drawn.melt("step", kinds, var_name="kind", value_name="norm")
     lines.loc[~(lines["norm"] > 0), "norm"] = np.nan
     marks = frame.loc[frame["clipped"], ["step", "pre_norm"]].rename(columns={"pre_norm": "norm"})
     marks["kind"] = CLIPPED
-    shown = [*kinds, *([CLIPPED] if len(marks) else [])]
-    colour = alt.Color(
-        "kind:N",
-        legend=_LEGEND,
-        scale=alt.Scale(domain=shown, range=[_NORM_COLOURS[kind] for kind in shown]),
-    )
-    x = _step_axis(frame["step"])
-    y = alt.Y(
-        "norm:Q",
-        title="gradient norm (log scale)",
-        scale=_log_scale(lines["norm"]),
-        axis=alt.Axis(format="~g", values=_log_ticks(lines["norm"])),
-    )
+    colour = _norm_colour([*kinds, *([CLIPPED] if len(marks) else [])])
+    y = _norm_axis(lines["norm"])
+    y.shorthand = "norm:Q"
     tips = [
         alt.Tooltip("step:Q", format=","),
         alt.Tooltip("kind:N"),
@@ -101,12 +116,20 @@ def norms(
         .mark_line(strokeDash=[6, 4], strokeWidth=1.6, interpolate="step-after", clip=True)
         .encode(x=x, y=y, color=colour, tooltip=tips)
     )
-    kinds_marked = (
-        "nonfinite_gradient", "nonfinite_weights", "grad_norm_spike", "spike_skipped", "amp_overflow",
-        "records_dropped",
-    )  # fmt: skip
-    area, rules = _areas(stretches, x), _rules(events, stretches, kinds_marked, x)
-    return _layered(area, rules, line, dots, points, threshold, *_applied(changes, x), height=340)
+    return [line, dots, points, threshold]
+
+
+def _norm_axis(values: pd.Series[Any]) -> alt.Y:
+    return alt.Y(
+        title="gradient norm (log scale)",
+        scale=_log_scale(values),
+        axis=alt.Axis(format="~g", values=_log_ticks(values)),
+    )
+
+
+def _norm_colour(shown: Sequence[str]) -> alt.Color:
+    scale = alt.Scale(domain=shown, range=[_NORM_COLOURS[kind] for kind in shown])
+    return alt.Color("kind:N", legend=_LEGEND, scale=scale)
 
 
 def clip_ratio(
@@ -116,9 +139,14 @@ def clip_ratio(
     last_step: int,
     changes: pd.DataFrame | None = None,
 ) -> alt.LayerChart:
-    """The share of clipped steps over a rolling window, against the band, and changes."""
-    ratio, inside = f"clipped of the last {window:,} steps", f"band {_percent(band)}"
-    x = _step_axis(pd.Series([0, last_step]))
+    """The share of clipped steps over a rolling window, against the band, and changes.
+
+    Of a long run, the share in each `window` steps.
+    """
+    banded = bands.is_banded(frame)
+    over = f"of each {window:,} steps" if banded else f"of the last {window:,} steps"
+    ratio, inside = f"clipped {over}", f"band {_percent(band)}"
+    x = _step_axis(pd.DataFrame({"step": [0, last_step]}))
     scale = alt.Scale(domain=[ratio, inside], range=[_NORM_COLOURS[CLIPPED], "#bfe3c6"])
     colour = alt.Color("kind:N", legend=_LEGEND, scale=scale)
     y_axis = alt.Axis(format=".0%", tickCount=5)
@@ -130,9 +158,12 @@ def clip_ratio(
         .mark_rect(opacity=0.6)
         .encode(x=x, x2="to:Q", y=alt.Y("low:Q", title="clip ratio"), y2="high:Q", color=colour)
     )
+    drawn = frame.assign(kind=ratio)
+    if banded:
+        drawn = bands.stepped(drawn, "clip_ratio")
     line = (
-        alt.Chart(frame.assign(kind=ratio))
-        .mark_line(strokeWidth=1.6)
+        alt.Chart(drawn)
+        .mark_line(strokeWidth=1.6, interpolate="step-after" if banded else "linear", clip=True)
         .encode(
             x=x,
             y=alt.Y(
@@ -155,42 +186,47 @@ def loss(
 
     One that spans a factor of twenty, as a diverged run's does, is drawn on a log scale.
     """
-    x = _step_axis(frame["step"])
-    y = alt.Y(
-        "loss:Q", title="loss", axis=alt.Axis(format="~r"), scale=alt.Scale(zero=False, nice=True)
-    )
-    known = frame["loss"][np.isfinite(frame["loss"])]
-    if known.min() > 0 and known.max() > _WIDE * known.min():
+    x = _step_axis(frame)
+    banded = bands.is_banded(frame)
+    known = pd.concat([frame["loss_min"], frame["loss_max"]]) if banded else frame["loss"]
+    known = known[np.isfinite(known)]
+    wide = known.min() > 0 and known.max() > _WIDE * known.min()
+    y = alt.Y(title="loss", axis=alt.Axis(format="~r"), scale=alt.Scale(zero=False, nice=True))
+    if wide:
         y = alt.Y(
-            "loss:Q", title="loss (log scale)", scale=_log_scale(known),
+            title="loss (log scale)", scale=_log_scale(known),
             axis=alt.Axis(format="~g", values=_log_ticks(known)),
         )  # fmt: skip
-    tips = [alt.Tooltip("step:Q", format=","), alt.Tooltip("loss:Q", format=".4g")]
-    line = (
-        alt.Chart(frame)
-        .mark_line(strokeWidth=1.2, color=_NORM_COLOURS[AFTER], clip=True)
-        .encode(x=x, y=y, tooltip=tips)
-    )
-    dots = _dots(frame, "loss", color=_NORM_COLOURS[AFTER]).encode(x=x, y=y, tooltip=tips)
     area = _areas(stretches, x)
     rules = _rules(events, stretches, ("nonfinite_loss", "loss_spike"), x)
-    return _layered(area, rules, line, dots, *_applied(changes, x), height=250)
+    lines = _one(frame, "loss", x, y, mean="geomean" if wide else "mean")
+    return _layered(area, rules, *lines, *_applied(changes, x), height=250)
 
 
 def lr(frame: pd.DataFrame, changes: pd.DataFrame | None = None) -> alt.LayerChart:
     """The learning rate over the steps, and changes of the threshold."""
-    x = _step_axis(frame["step"])
+    x = _step_axis(frame)
+    greatest = float(frame["lr_max" if bands.is_banded(frame) else "lr"].max())
     # A rate that never changes would lie on the frame, and not be seen.
-    scale = alt.Scale(domain=[0, 1.1 * float(frame["lr"].max()) or 1])
-    y = alt.Y("lr:Q", title="learning rate", axis=alt.Axis(format="~g"), scale=scale)
-    tips = [alt.Tooltip("step:Q", format=","), alt.Tooltip("lr:Q", format=".4g")]
-    line = (
-        alt.Chart(frame)
-        .mark_line(strokeWidth=1.2, color=_NORM_COLOURS[AFTER], interpolate="step-after", clip=True)
-        .encode(x=x, y=y, tooltip=tips)
-    )
-    dots = _dots(frame, "lr", color=_NORM_COLOURS[AFTER]).encode(x=x, y=y, tooltip=tips)
-    return _layered(line, dots, *_applied(changes, x), height=250)
+    scale = alt.Scale(domain=[0, 1.1 * greatest or 1])
+    y = alt.Y(title="learning rate", axis=alt.Axis(format="~g"), scale=scale)
+    lines = _one(frame, "lr", x, y, interpolate="step-after")
+    return _layered(*lines, *_applied(changes, x), height=250)
+
+
+def _one(
+    frame: pd.DataFrame, name: str, x: alt.X, y: alt.Y, mean: str = "mean", **look: Any
+) -> list[alt.Chart]:
+    """The layers of a chart of one value: its bands, or a line with its dots."""
+    colour = _NORM_COLOURS[AFTER]
+    if bands.is_banded(frame):
+        return bands.layers(bands.tidy(frame, {name: name}, mean), x, y, alt.value(colour))
+    y = y.copy()
+    y.shorthand = f"{name}:Q"
+    tips = [alt.Tooltip("step:Q", format=","), alt.Tooltip(f"{name}:Q", format=".4g")]
+    line = alt.Chart(frame).mark_line(strokeWidth=1.2, color=colour, clip=True, **look)
+    dots = _dots(frame, name, color=colour)
+    return [layer.encode(x=x, y=y, tooltip=tips) for layer in (line, dots)]
 
 
 def what_if(
@@ -251,23 +287,28 @@ def _dots(frame: pd.DataFrame, name: str, **look: Any) -> alt.Chart:
 
 
 def _areas(stretches: pd.DataFrame | None, x: alt.X) -> alt.Chart | None:
-    """Where step after step had NaN or inf."""
+    """Where step after step had NaN or inf; of a long run, bands in which many had, the paler the fewer."""
     if stretches is None or stretches.empty:
         return None
-    name = "stretch of NaN"
-    areas = stretches.tail(MARKS_AT_MOST).assign(event=name)
-    scale = alt.Scale(domain=[name], range=[_EVENT_COLOURS["NaN or inf"]])
+    areas = stretches.assign(share=stretches.get("share", 1.0)).tail(MARKS_AT_MOST)
+    whole, part = _NAN_AREAS
+    areas["event"] = np.where(areas["share"] == 1, whole, part)
+    areas["opacity"] = 0.06 + 0.12 * areas["share"]
+    shown = [name for name in _NAN_AREAS if name in set(areas["event"])]
+    scale = alt.Scale(domain=shown, range=[_NAN_AREAS[name] for name in shown])
     chart: alt.Chart = (
         alt.Chart(areas)
-        .mark_rect(opacity=0.18, clip=True)
+        .mark_rect(clip=True)
         .encode(
             x=x,
             x2="to:Q",
+            opacity=alt.Opacity("opacity:Q", scale=None, legend=None),
             fill=alt.Fill("event:N", legend=_LEGEND, scale=scale),
             tooltip=[
                 alt.Tooltip("event:N"),
                 alt.Tooltip("step:Q", title="from", format=","),
                 alt.Tooltip("to:Q", format=","),
+                alt.Tooltip("share:Q", title="of the steps", format=".1%"),
             ],
         )
     )
@@ -370,8 +411,11 @@ def _log_scale(values: pd.Series[Any]) -> alt.Scale:
     return alt.Scale(type="log", nice=False, padding=8)
 
 
-def _step_axis(steps: pd.Series[Any]) -> alt.X:
+def _step_axis(frame: pd.DataFrame) -> alt.X:
+    steps = frame["step"]
     low, high = (int(steps.min()), int(steps.max())) if len(steps) else (0, 1)
+    if bands.is_banded(frame) and len(steps):
+        high = int(frame["to"].max()) - 1
     return alt.X(
         "step:Q",
         title="optimizer step",

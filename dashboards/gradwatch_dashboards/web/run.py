@@ -5,13 +5,22 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import streamlit as st
 
 from gradwatch.errors import RunNotFoundError
 from gradwatch_dashboards.terminal import number
 from gradwatch_dashboards.web import charts, control
 from gradwatch_dashboards.web.source import badge, open_store, plain, tell_malformed, telling
-from gradwatch_dashboards.words import BAND, VERDICTS, WINDOW, last_step, left_out, without_gradient
+from gradwatch_dashboards.words import (
+    BAND,
+    BANDS,
+    VERDICTS,
+    WINDOW,
+    last_step,
+    left_out,
+    without_gradient,
+)
 from gradwatch_monitor import Run, diagnose, views
 from gradwatch_monitor.applying import applied, in_force
 from gradwatch_monitor.diagnose import ended
@@ -169,8 +178,11 @@ def learning_rate(timeline: views.Timeline, marks: pd.DataFrame) -> None:
     rates = views.lr_chart(timeline)
     if len(rates):
         st.altair_chart(charts.lr(rates, marks))
-        if timeline.blocks.steps:
-            st.caption("Of the latest steps: it is not summed up with the others.")
+        if "lr_min" in rates and not np.isfinite(rates["lr_min"].iloc[0]):
+            st.caption(
+                "It is not known of the earlier steps, which an older version has summed up. Where their "
+                "records are left, `gradwatch store migrate` adds it."
+            )
     else:
         st.caption("The optimizer has none.")
 
@@ -207,6 +219,8 @@ def page(run_id: int) -> None:
     st.subheader("Gradient norm", anchor=False)
     broken = views.nonfinite_stretches(timeline)
     st.altair_chart(charts.norms(views.norms_chart(timeline), events, marks, broken))
+    if (drawn := timeline.bands()) is not None:
+        st.caption(BANDS.format(width=drawn.width))
     left, right = st.columns(2)
     with left:
         st.subheader("Clip ratio", anchor=False)

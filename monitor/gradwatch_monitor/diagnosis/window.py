@@ -11,7 +11,17 @@ import numpy as np
 
 from gradwatch_monitor.ratio import clip_ratio, without_gradient
 
-__all__ = ["Array", "Flags", "LayerSamples", "Rule", "Severity", "Sign", "Window", "usable"]
+__all__ = [
+    "Array",
+    "BadWeights",
+    "Flags",
+    "LayerSamples",
+    "Rule",
+    "Severity",
+    "Sign",
+    "Window",
+    "usable",
+]
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]

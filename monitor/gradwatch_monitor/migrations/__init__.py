@@ -14,6 +14,8 @@ from gradwatch.errors import StoreError, StoreNotFoundError
 from gradwatch.secrets import scrub
 from gradwatch.sinks import blocks, postgres, sqlite
 from gradwatch.sinks.rows import Stored
+from gradwatch_monitor.maintenance import Maintained
+from gradwatch_monitor.migrations.filling import fill
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +40,10 @@ def migrate(
 ) -> tuple[str | None, str]:
     """Bring the store's schema to this version's, in one transaction; the revisions before, after.
 
-    `progress` hears of how many attempts of how many have their summaries.
+    What the records tell of summaries that an older version made is filled in afterwards, in short
+    transactions: where that is cut short, `migrate` goes on with it when it is called again.
+    `progress` hears of how many attempts of how many have their summaries, then of how many blocks
+    of how many were looked at.
     Raises `StoreNotFoundError` where there is no such file, `StoreError` where it is not a store.
     """
     from alembic import command  # noqa: PLC0415
@@ -59,15 +64,14 @@ def migrate(
                 postgres.be_durable(connection)
                 postgres.exclude_others(connection)
             before = schema.revision(connection)
-            if before == schema.REVISION:
-                return before, before
             if before is None and sa.inspect(connection).get_table_names():
                 msg = f"{redact(url)} is somebody else's database: it has tables, but no store"
                 raise StoreError(msg)
-            command.upgrade(configuration(connection), "head")
+            if before != schema.REVISION:
+                command.upgrade(configuration(connection), "head")
             if before is not None and before < "0003":
                 _summarise(connection, progress)
-            return before, schema.revision(connection) or ""
+            after = schema.revision(connection) or ""
     except (sa.exc.SQLAlchemyError, sqlite3.Error, CommandError, OSError) as error:
         cause = getattr(error, "orig", None) or error
         reason = scrub(str(cause).strip().splitlines()[0], url)
@@ -75,6 +79,9 @@ def migrate(
         raise StoreError(msg) from None
     finally:
         engine.dispose()
+    with Maintained(url) as store:
+        fill(store, progress)
+    return before, after
 
 
 def _summarise(connection: sa.Connection, progress: Callable[[int, int], None]) -> None:
