@@ -113,7 +113,7 @@ def page(store: Store, run: Run, progress: Callable[[int, int], None] = lambda *
         charts=drawn,
         window=WINDOW,
         timeline=timeline,
-        bands=None if (drawn := timeline.bands()) is None else BANDS.format(width=drawn.width),
+        bands=_bands(timeline),
         band="–".join(f"{100 * bound:.0f}" for bound in BAND),
         findings=[*now, *ended(store, run.id, now)],
         events=events[:EVENTS],
@@ -128,6 +128,12 @@ def page(store: Store, run: Run, progress: Callable[[int, int], None] = lambda *
         version=__version__,
         made=dt.datetime.now(dt.UTC).timestamp(),
     )
+
+
+def _bands(timeline: Timeline) -> str | None:
+    """How a long run is drawn; None where every step is."""
+    bands = timeline.bands()
+    return None if bands is None else BANDS.format(width=bands.width)
 
 
 def _charts(

@@ -157,6 +157,17 @@ def findings(run_id: int) -> None:
 
 
 @telling()
+def norms(
+    timeline: views.Timeline, events: pd.DataFrame, marks: pd.DataFrame, broken: pd.DataFrame
+) -> None:
+    """The gradient norms, and of a long run what a band of steps is drawn by."""
+    st.subheader("Gradient norm", anchor=False)
+    st.altair_chart(charts.norms(views.norms_chart(timeline), events, marks, broken))
+    if (bands := timeline.bands()) is not None:
+        st.caption(BANDS.format(width=bands.width))
+
+
+@telling()
 def loss(
     timeline: views.Timeline, events: pd.DataFrame, marks: pd.DataFrame, broken: pd.DataFrame
 ) -> None:
@@ -216,11 +227,8 @@ def page(run_id: int) -> None:
     marks = views.changes_table(changes)
     last = timeline.last_step
 
-    st.subheader("Gradient norm", anchor=False)
     broken = views.nonfinite_stretches(timeline)
-    st.altair_chart(charts.norms(views.norms_chart(timeline), events, marks, broken))
-    if (drawn := timeline.bands()) is not None:
-        st.caption(BANDS.format(width=drawn.width))
+    norms(timeline, events, marks, broken)
     left, right = st.columns(2)
     with left:
         st.subheader("Clip ratio", anchor=False)
