@@ -89,12 +89,25 @@ class PostgresServer:
 
     def kill(self):
         """`kill -9` of all its processes at one moment; what was not written yet is lost."""
+        self._signal(signal.SIGKILL)
+        self.process.wait(60)
+
+    @contextlib.contextmanager
+    def hanging(self):
+        """It answers nobody and closes no connection, for the length of the context."""
+        self._signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGCONT)
+
+    def _signal(self, kind):
+        """Send a signal to all its processes."""
         pid = self.process.pid
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for victim in [pid, *map(int, children)]:
+        for one in [pid, *map(int, children)]:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(victim, signal.SIGKILL)
-        self.process.wait(60)
+                os.kill(one, kind)
 
     def connect(self, database="postgres"):
         return psycopg.connect(

@@ -280,8 +280,11 @@ class Agent:
         return self._recording.flush(timeout)
 
     def close(self) -> None:
-        """Store what is left, end the run as finished, and take the hooks off. Idempotent."""
-        self._end("finished", arguments.CLOSE_SECONDS)
+        """Store what is left, end the run as finished, and take the hooks off. Idempotent.
+
+        Waits `Settings.close_timeout` seconds at most for the store.
+        """
+        self._end("finished")
 
     def __enter__(self) -> Self:
         """Use the agent as a context; it closes at the end of the block."""
@@ -294,7 +297,7 @@ class Agent:
         traceback: TracebackType | None,
     ) -> None:
         """Close; the run has failed where an exception ends the block."""
-        self._end("finished" if kind is None else "failed", arguments.CLOSE_SECONDS)
+        self._end("finished" if kind is None else "failed")
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs so that a resumed job goes on as the same run: plain values."""
@@ -345,7 +348,7 @@ class Agent:
             self._rounds.on(self._recording.begin(self._watches, self._settle))
         return self._rounds.member(hooks)
 
-    def _end(self, status: RunStatus, timeout: float) -> None:
+    def _end(self, status: RunStatus) -> None:
         for watch in self._watches:
             if status == "failed":  # perhaps before its first step: that there was none is no news
                 watch.unseen.seen()
@@ -359,7 +362,7 @@ class Agent:
             if self._rounds is not None:
                 self._rounds.finish()
         # Of an optimizer that has gone before, the run ends already: wait for that all the same.
-        self._recording.end(status, timeout)
+        self._recording.end(status)
 
     def _settle(self) -> None:
         """Put on record the last steps, where their numbers are on a device still."""

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from gradwatch.watch import Watch
 
 __all__ = [
-    "CLOSE_SECONDS",
     "NOT_GIVEN",
     "NotGiven",
     "counter",
@@ -43,7 +42,6 @@ __all__ = [
 
 
 _MOST_COUNTED = 2.0**53  # what a float counts to
-CLOSE_SECONDS = 5.0  # how long `close` waits for the store
 
 
 class NotGiven:

@@ -106,6 +106,7 @@ class Channel:
         self.deadline = 0.0
         self.closed = threading.Event()
         self.complete = False  # once closed: whether all of the ring was stored
+        self._told_incomplete = False
         self._lost: dict[str, int] = {}  # never reset
         self._overwritten = 0  # the greatest count of them that was told
         self.failed_told = 0  # of the steps that could not be recorded: those the store knows of
@@ -155,9 +156,10 @@ class Channel:
         return self._lost.get("error", 0) - self.failed_told
 
     def tell_incomplete(self) -> None:
-        """Say that the run has ended with records that are not in the store, and where they are."""
-        if self.run.recovered:
-            return  # another job's; it stays for the next who looks
+        """Say once that the run has ended with records that the store lacks, and where they are."""
+        if self.run.recovered or self._told_incomplete:
+            return  # another job's stays for the next who looks
+        self._told_incomplete = True
         place = self.ring.place
         where = (
             f"`gradwatch recover` stores the rest, from {place}" if place else "the rest is lost"

@@ -142,6 +142,25 @@ class Settings(BaseSettings):
         float,
         Field(gt=0, le=30, description="Seconds between two heartbeats of a run."),
     ] = 5.0
+    close_timeout: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=3600,
+            description="Seconds that `close()` waits at most until the store has taken what is "
+            "left. The rest stays in the flight-recorder file: `gradwatch recover` stores it.",
+        ),
+    ] = 3.0
+    fork_timeout: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=60,
+            description="Seconds that a fork waits at most for a call to a PostgreSQL server that "
+            "is under way. For one to an SQLite file it waits 2 s at most: the child could damage "
+            "a file that it inherits open.",
+        ),
+    ] = 0.2
     layer_norms_every: Annotated[
         int | None,
         Field(

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Awaited", "Pipeline"]
 
 EXIT_SECONDS = 2.0  # how long the interpreter's exit waits for the worker at most
+_SQLITE_FORK_SECONDS = 2.0  # how long a fork waits at most while a file is written
+_LAST_TRY = 0.9  # of the time that a run's end may take: then the worker begins nothing more
 
 
 class Awaited(Protocol):
@@ -65,6 +67,7 @@ class Pipeline:
         self._stores: dict[str, DatabaseSink] = {}
         self._channels: list[Channel] = []
         self._interval = 60.0
+        self._fork_timeout = 0.0
         self._lock = threading.Lock()
         self._delivering = threading.Lock()  # held by the worker while it uses a sink
         self._fork = threading.local()  # .holds: whether this thread has `_delivering`
@@ -124,6 +127,7 @@ class Pipeline:
         """Serve this channel from now on."""
         with self._lock:
             self._interval = min(self._interval, settings.drain_interval)
+            self._fork_timeout = max(self._fork_timeout, _fork_timeout(settings))
             self._delivery.heartbeat = min(self._delivery.heartbeat, settings.heartbeat_interval)
             self._delivery.retry = self._interval
             self._channels.append(channel)
@@ -168,10 +172,10 @@ class Pipeline:
         Waits `timeout` seconds at most. One that ends already keeps its status.
         """
         if not channel.closing:
-            channel.end(status, self.clock.monotonic() + timeout)
+            channel.end(status, self.clock.monotonic() + timeout * _LAST_TRY)
         self._wake.set()
-        # The worker gives up at the deadline; the rest is for a store call that hangs.
-        channel.closed.wait(timeout + EXIT_SECONDS)
+        if not channel.closed.wait(timeout):
+            channel.tell_incomplete()
 
     def let_end(self, channel: Channel) -> None:
         """The same as finished, when the worker next looks: takes no lock and does not wait."""
@@ -282,10 +286,10 @@ class Pipeline:
     def before_fork(self) -> None:
         """Close every connection: an SQLite one that is carried into a child corrupts the file.
 
-        Waits until the worker is between two deliveries, `EXIT_SECONDS` at most, and not again
+        Waits until the worker is between two deliveries, as long as the settings say, and not again
         for a delivery that one fork has waited for in vain.
         """
-        timeout = 0.0 if self._hangs else EXIT_SECONDS
+        timeout = 0.0 if self._hangs else self._fork_timeout
         self._fork.holds = self._delivering.acquire(timeout=timeout)
         self._hangs = not self._fork.holds
         if self._fork.holds:
@@ -322,3 +326,9 @@ class Pipeline:
                 "set GRADWATCH_METRICS_ADDR or GRADWATCH_METRICS_PORT",
             )
             return None
+
+
+def _fork_timeout(settings: Settings) -> float:
+    """How long a fork waits at most for the store of a run with these settings."""
+    in_file = sqlite_path(settings.store) is not None
+    return _SQLITE_FORK_SECONDS if in_file else settings.fork_timeout

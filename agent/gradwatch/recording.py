@@ -94,7 +94,7 @@ class Recording:
         """
         if self.channel is not None:
             status: RunStatus | None = None if self.channel.run.uid == uid else "finished"
-            self.end(status, arguments.CLOSE_SECONDS)
+            self.end(status)
             self.channel = None
         self.pipeline.ids.closed(self._uid)
         self._uid, self._uid_source, self._after = uid, "state", after or None
@@ -106,11 +106,11 @@ class Recording:
             return not self._incomplete
         return self.pipeline.flush(self.channel, timeout)
 
-    def end(self, status: RunStatus | None, timeout: float) -> None:
-        """Store what is left, within `timeout` seconds, and end the run."""
+    def end(self, status: RunStatus | None) -> None:
+        """Store what is left, within `close_timeout` seconds, and end the run."""
         self.pipeline.ids.closed(self._uid)
         if self.channel is not None:
-            self.pipeline.close(self.channel, status, timeout)
+            self.pipeline.close(self.channel, status, self.settings.close_timeout)
 
     def let_end(self) -> None:
         """The same as finished, in the worker's own time; takes no lock."""

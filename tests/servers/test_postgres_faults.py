@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import kills
 import pytest
@@ -9,15 +10,15 @@ import torch
 from loops import mlp, train
 
 import gradwatch
-from gradwatch import Agent
+from gradwatch import Agent, process
 from gradwatch.recovery import recover
 
 
-def started(url, name):
+def started(url, name, **settings):
     """A run that has stored ten steps, and looks at the store only when it has more."""
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
-    quiet = gradwatch.Settings(heartbeat_interval=30)
+    quiet = gradwatch.Settings(heartbeat_interval=30, **settings)
     agent = Agent(optimizer, model=model, store=url, run=name, settings=quiet)
     train(model, optimizer, 10)
     assert agent.flush(30)
@@ -41,6 +42,53 @@ def test_a_server_that_is_stopped_and_started(postgres_server, url, query, caplo
     assert "takes records again" in caplog.messages[-1]
     assert {record.name for record in caplog.records} == {"gradwatch"}
     assert not agent._recording.channel.ring.path.exists()
+
+
+def seconds(act):
+    """How long a call takes."""
+    start = time.monotonic()
+    act()
+    return time.monotonic() - start
+
+
+def test_a_server_that_hangs_holds_close_as_long_as_the_setting_says(
+    postgres_server, url, query, caplog
+):
+    """The rest is in the flight recorder, which the warning names, and no step is missing in the end."""
+    assert gradwatch.Settings().close_timeout == 3.0
+    agent, model, optimizer = started(url, "held", close_timeout=0.5)
+    with postgres_server.hanging():
+        train(model, optimizer, 100)
+        assert seconds(agent.close) < 1.5
+        channel = agent._recording.channel
+        told = [m for m in caplog.messages if "ended before all of it was stored" in m]
+        assert len(told) == 1
+        assert str(channel.ring.path) in told[0]
+    assert channel.closed.wait(30)
+    channel.store.sink.dispose()
+    recover(url)
+    assert query("SELECT count(*), count(DISTINCT step) FROM step_records") == [(110, 110)]
+    assert len([m for m in caplog.messages if "ended before all of it was stored" in m]) == 1
+
+
+def test_a_server_that_hangs_holds_the_first_fork_as_long_as_the_setting_says(postgres_server, url):
+    """The next does not wait, and the worker goes on once the server does."""
+    assert gradwatch.Settings().fork_timeout == 0.2
+    agent, model, optimizer = started(url, "forks")
+    with postgres_server.hanging():
+        train(model, optimizer, 100)
+        assert not agent.flush(0.5)  # it waits for the server's answer by now
+        took = [seconds(fork) for _ in range(2)]
+        assert 0.2 <= took[0] < 1.0
+        assert took[1] < 0.1
+    assert agent.flush(30)
+    agent.close()
+
+
+def fork():
+    """What a fork waits for, without the child."""
+    process.pipeline().before_fork()
+    process.pipeline().after_fork()
 
 
 @pytest.fixture
