@@ -156,13 +156,16 @@ class Rounds:
         if not all(one & FLAGS.NO_GRADIENT for one in flags):
             together &= ~FLAGS.NO_GRADIENT
         with_gradient = [i for i, one in enumerate(flags) if not one & FLAGS.NO_GRADIENT]
+        norm = self._norm([pre[i] for i in with_gradient])
+        if not math.isfinite(norm):  # a step counts as clipped only where its norm is known
+            together &= ~FLAGS.CLIPPED
         return (
             number,
             min(times),
             max(ends),
             _known(losses),
             rates[0],
-            self._norm([pre[i] for i in with_gradient]),
+            norm,
             self._norm([post[i] for i in with_gradient]),
             _nan,  # each optimizer clips by a threshold of its own
             _known(scales),

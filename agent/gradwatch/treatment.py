@@ -400,6 +400,8 @@ class Treatment:
             step.measured = measured
             step.pre_norm = combine([m.norm for m in measured], measured[0].norm_type)
             step.post_norm = _nan
+            # The record is of this evaluation now, and no longer of the first.
+            step.flags &= ~(FLAGS.CLIPPED | FLAGS.NO_GRADIENT)
             if (event := self._nonfinite(optimizer, step)) is not None:
                 step.messages = [*step.messages, encode_event(event)]
             if step.flags & FLAGS.SKIPPED:

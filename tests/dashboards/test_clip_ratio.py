@@ -1,6 +1,8 @@
 """One clip ratio: every reader tells what plain SQL says, whatever else happened in the run."""
 
+import contextlib
 import html
+import itertools
 import json
 import math
 import re
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from loops import mlp, set_gradients
+from loops import mlp, set_gradients, watched
 from prometheus_client.parser import text_string_to_metric_families
 from streamlit.testing.v1 import AppTest
 from torch.amp import GradScaler
@@ -175,3 +177,57 @@ def test_without_a_finite_norm_there_is_no_ratio(kind, run, monkeypatch):
     assert not app.exception
     assert {metric.label: metric.value for metric in app.metric}["Clipped"] == "–"
     assert "No step has a finite gradient norm." in [caption.value for caption in app.caption]
+
+
+def several_optimizers(on_nonfinite):
+    """A layer each: the first one's gradient is clipped, the other's is NaN in three of four steps."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=1e-4) for layer in net]
+    agent, sink = watched(optimizers, model=net, clip=ClipNorm(1.0), on_nonfinite=on_nonfinite)
+    for step in range(40):
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        if step % 4:
+            net[1].bias.grad[0] = math.nan
+        for optimizer in optimizers:
+            optimizer.step()
+    return agent, sink
+
+
+def several_evaluations(on_nonfinite):
+    """LBFGS: the first evaluation is clipped, the second one is NaN in three of four steps."""
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.LBFGS([param], lr=1e-3, max_iter=4)
+    agent, sink = watched(optimizer, clip=ClipNorm(1.0), on_nonfinite=on_nonfinite)
+    for step in range(40):
+        param.data.fill_(1.0)
+        optimizer.state.clear()
+        evaluations = itertools.count()
+
+        def closure(step=step, evaluations=evaluations):
+            optimizer.zero_grad()
+            loss = param.square().sum() * (math.nan if next(evaluations) == 1 and step % 4 else 30)
+            loss.backward()
+            return loss
+
+        with contextlib.suppress(gradwatch.NonFiniteGradientError):
+            optimizer.step(closure)
+    return agent, sink
+
+
+@pytest.mark.parametrize(
+    ("job", "on_nonfinite"),
+    [
+        (several_optimizers, "skip"),
+        (several_optimizers, "ignore"),
+        (several_evaluations, "raise"),
+        (several_evaluations, "ignore"),
+    ],
+)
+def test_no_step_is_clipped_whose_norm_is_unknown(job, on_nonfinite):
+    """Where one part of a step was clipped and another has NaN, the ratio counts the step nowhere."""
+    agent, sink = job(on_nonfinite)
+    assert agent.flush()
+    agent.close()
+    told = [(math.isfinite(s.pre_norm), s.nonfinite, s.clipped) for s in sink.steps]
+    assert told == [(True, False, True), *[(False, True, False)] * 3] * 10
