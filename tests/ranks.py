@@ -268,11 +268,15 @@ def zero_redundancy(rank, world):
     return {**result, "norms": norms, "expected": expected}
 
 
-def without_gradients(rank, world, kind):
+def without_gradients(rank, world):
     """Steps that no rank has a gradient at, and where there is no sharding, one that rank 0 alone lacks."""
+    return [_without_gradients(rank, world, kind) for kind in ("fsdp", "plain")]
+
+
+def _without_gradients(rank, world, kind):
     model = _sharded(kind, world, fused=False) if kind == "fsdp" else mlp()
     optimizer = adamw(model.parameters(), fused=False)
-    agent = gradwatch.Agent(optimizer, model=model, clip=gradwatch.ClipNorm(5.0))
+    agent = gradwatch.Agent(optimizer, model=model, clip=gradwatch.ClipNorm(5.0), run=kind)
     for step in range(6):
         optimizer.zero_grad()
         alone = kind == "plain" and step == 4 and rank == 0
