@@ -16,6 +16,12 @@ hypothesis.settings.load_profile("plain")
 MADE_BY_LAUNCHERS = ("GRADWATCH_", "SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
+def pytest_addoption(parser):
+    """How long `tests/fuzz` looks, in all, and where it begins."""
+    parser.addoption("--fuzz-seconds", type=float, default=50.0, help="seconds to fuzz for, in all")
+    parser.addoption("--fuzz-seed", type=int, default=0, help="the first seed")
+
+
 @pytest.fixture(autouse=True)
 def _apart(tmp_path, monkeypatch):
     """No setting, file, port or thread of one test reaches another."""

@@ -248,6 +248,7 @@ def resolve_store(url: str) -> str:
         )
         raise ConfigurationError(msg)
     try:
+        url.encode()  # no driver takes what is no text in UTF-8
         if "://" not in url and not url.startswith("sqlite:"):
             parsed = URL.create("sqlite", database=url)
         else:

@@ -10,6 +10,7 @@ from array import array
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from gradwatch.cells import document, lenient_json, real, whole
 from gradwatch.records import Event, LayerNorms
 
 if TYPE_CHECKING:
@@ -419,7 +420,7 @@ def layers_of(
     values = array("d")
     values.frombytes(payload[_LAYERS.size : end])
     numbers = values.tolist()
-    names = [str(n) for n in json.loads(payload[end:])] if tag == _NAMED_LAYERS_TAG else None
+    names = [str(n) for n in lenient_json(payload[end:])] if tag == _NAMED_LAYERS_TAG else None
     return step, numbers[:count], numbers[count:] if with_weights else None, names
 
 
@@ -448,7 +449,19 @@ def decode(payload: bytes, names: Sequence[str] = ()) -> Event | LayerNorms | No
             names = names if own is None else own
             named = [*names[:count], *(f"parameter{i}" for i in range(len(names), count))]
             return LayerNorms(step, named, grads, weights or [math.nan] * count)
-        body: dict[str, Any] = json.loads(payload)
-        return Event(**body)
+        event = Event(**lenient_json(payload))
+        return event if _is_whole(event) else None
     except (ValueError, TypeError, KeyError, struct.error):
         return None
+
+
+def _is_whole(event: Event) -> bool:
+    """Whether the store would take it: one that was written over must not hold up the others."""
+    texts = (event.kind, event.severity, event.message)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and whole(event.step) is not None
+        and real(event.time) is not None
+        and document(event.data) is not None
+        and (event.rank is None or whole(event.rank) is not None)
+    )

@@ -6,18 +6,19 @@ records that are missing show as torn.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from gradwatch import identity
+from gradwatch import cells, identity
 from gradwatch.errors import RingError
 from gradwatch.layout import ENDING_AT, PAGE, header_problem, spans
 from gradwatch.locks import held, holder, lock, release
 from gradwatch.recorder import Ring
+from gradwatch.records import RunInfo
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Seen", "claim", "lives", "look", "sweep"]
 
+_RUN = TypeAdapter(RunInfo)
 _MAKING_SECONDS = 60.0  # a file that was being made for so long never will be
 
 
@@ -51,7 +53,7 @@ def claim(path: Path, wanted: Callable[[Mapping[str, Any]], bool] = lambda _: Tr
         if ring.ending is None and lives(about):
             ring.close()
             return None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError) as error:
         release(descriptor)
         msg = f"{path} cannot be read: {error}"
         raise RingError(msg) from error
@@ -83,7 +85,7 @@ def look(path: Path) -> Seen | None:
         about = _metadata(path, descriptor)
         ended = os.pread(descriptor, 8, ENDING_AT) != bytes(8)
         return Seen(about, (ended or not lives(about)) and not _is_kept(about, holder(descriptor)))
-    except (OSError, ValueError, KeyError, TypeError, RingError):
+    except (OSError, ValueError, RingError):
         return None
     finally:
         os.close(descriptor)
@@ -136,7 +138,8 @@ def _take(path: Path) -> int | None:
     return descriptor
 
 
-def _metadata(path: Path, descriptor: int) -> Any:
+def _metadata(path: Path, descriptor: int) -> dict[str, Any]:
+    """What the ring says of its run; a `ValueError` where that is not all there."""
     # All reading is through this very descriptor: closing another of the file would unlock it.
     header = os.pread(descriptor, PAGE, 0)
     problem = header_problem(header)
@@ -144,10 +147,22 @@ def _metadata(path: Path, descriptor: int) -> Any:
         where = spans(header).metadata
         content = os.pread(descriptor, where.stop - where.start, where.start)
         if len(content) == where.stop - where.start:
-            return json.loads(content)
+            return _of_a_run(content)
         problem = "is cut short"
     msg = f"{path} {problem}"
     raise RingError(msg)
+
+
+def _of_a_run(content: bytes) -> dict[str, Any]:
+    about = cells.document(cells.lenient_json(content))
+    try:
+        _RUN.validate_json(content, strict=True)
+    except ValueError:
+        about = None
+    if about is None:
+        msg = "its metadata do not say whose run it is"
+        raise ValueError(msg)
+    return about
 
 
 def _copy(path: Path, descriptor: int) -> Ring:

@@ -133,7 +133,7 @@ def _copy_once(
         return [dict(row._mapping) for row in where.execute(query.order_by(table.c.id))]
 
     def key(row: dict[str, Any]) -> str:
-        return json.dumps(row, sort_keys=True)
+        return json.dumps(row, sort_keys=True, default=repr)  # a cell may hold bytes
 
     there = collections.Counter(key(row) for row in found(connection, new))
     missing = []

@@ -352,8 +352,8 @@ class Store(Database):
         values = {
             "run_id": run.id,
             "requested_at": time.time(),
-            "requested_by": by[:255],
-            "reason": reason,
+            "requested_by": _storable(by)[:255],
+            "reason": None if reason is None else _storable(reason),
             "threshold": threshold,
             "policy": None if policy is None else policy.describe(),
         }
@@ -394,6 +394,11 @@ def _find(connection: sa.Connection, kind: str, value: str) -> Any:
 def _may_be_stored(key: str) -> bool:
     """Whether a text can be in a database at all: it has no NUL, and an encoding."""
     return key.isprintable() or ("\0" not in key and key.encode("utf-8", "ignore").decode() == key)
+
+
+def _storable(words: str) -> str:
+    """The words, with a question mark for what no database takes."""
+    return words.replace("\0", "?").encode("utf-8", "replace").decode()
 
 
 def obstacle(run: Run) -> str | None:

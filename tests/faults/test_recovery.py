@@ -242,7 +242,7 @@ def test_a_time_that_is_none_spoils_nothing():
 
 def test_another_writer_is_waited_for():
     """As long as a job would, before it says anything; whatever became of the ring before."""
-    left_by("a-mad", name=None)
+    left_by("a-mad", started_at=math.nan)
     left_by("job-1")
     other = sqlite3.connect("gradwatch.db", isolation_level=None, check_same_thread=False)
     timer = threading.Timer(2.2, other.execute, ["ROLLBACK"])
@@ -261,7 +261,7 @@ def test_another_writer_is_waited_for():
 
 def test_what_can_never_be_stored_is_set_aside():
     """It is told once, where it lies; the next look is for others."""
-    path = left_by("mad", name=None)
+    path = left_by("mad", started_at=math.nan)
     (one,) = recover("sqlite:///gradwatch.db")
     assert "NOT NULL constraint failed" in one.problem
     assert f"set aside as {path.absolute()}.aside" in one.problem
@@ -271,7 +271,7 @@ def test_what_can_never_be_stored_is_set_aside():
 
 def test_a_job_says_its_own_faults_beside_what_can_never_be_stored(caplog):
     """Each once: that of the ring that it found, and that of its own store."""
-    left_by("mad", name=None)
+    left_by("mad", started_at=math.nan)
     agent, optimizer = watched(10)
     wait_until(lambda: "set aside" in caplog.text)
     with contextlib.closing(sqlite3.connect("gradwatch.db", isolation_level=None)) as other:

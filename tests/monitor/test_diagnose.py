@@ -144,7 +144,7 @@ def test_a_healthy_loop_is_left_alone(seed, lr):
         cut = {
             f.name: getattr(window, f.name)[:length]
             for f in dataclasses.fields(Window)
-            if f.name not in {"layers", "settings"}
+            if f.name not in {"layers", "settings", "bad_weights"}
         }
         sampled = int((window.layers.step < length).sum())
         layers = dataclasses.replace(

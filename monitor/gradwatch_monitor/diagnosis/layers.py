@@ -74,12 +74,13 @@ def dominating_layer(window: Window) -> Sign | None:
     layers = window.layers
     if layers is None or len(layers.names) < 4:
         return None
-    squares = layers.grad_norm**2
-    total = np.nansum(squares, axis=1)
-    known = total > 0
+    largest = np.fmax.reduce(layers.grad_norm, axis=1, initial=0.0)
+    known = largest > 0
     if known.sum() < _SAMPLES:
         return None
-    shares = np.nan_to_num(squares[known] / total[known, None])
+    # Over the largest: the squares of huge norms are beyond what a float holds.
+    squares = (layers.grad_norm[known] / largest[known, None]) ** 2
+    shares = np.nan_to_num(squares / np.nansum(squares, axis=1)[:, None])
     median = np.median(shares, axis=0)
     top = int(median.argmax())
     share = float(median[top])

@@ -157,8 +157,9 @@ def exploding_weights(window: Window) -> Sign | None:
     if layers is None or len(loss) < 100:
         return None
     known = np.isfinite(layers.weight_norm).all(axis=1)
-    totals = np.sqrt((layers.weight_norm[known] ** 2).sum(axis=1))
-    if len(totals) < 3 or totals.min() <= 0:
+    with np.errstate(over="ignore"):
+        totals = np.hypot.reduce(layers.weight_norm[known], axis=1)  # huge ones, too
+    if len(totals) < 3 or totals.min() <= 0 or not math.isfinite(totals[-1]):
         return None
     growth = math.log(totals[-1] / totals.min())
     now = float(np.median(loss[-50:]))
