@@ -55,6 +55,6 @@ def left_out(steps: int) -> str:
 
 
 def without_gradient(steps: int) -> str:
-    """How many steps had no gradient, and what that may come from."""
+    """How many steps had no gradient; why is not known from the record."""
     count = "1 step" if steps == 1 else f"{steps:,} steps"
-    return f"{count} had no gradient: backward() was not called, or every parameter was frozen"
+    return f"{count} had no gradient"

@@ -123,7 +123,7 @@ def test_every_reader_tells_the_ratio_that_sql_does(exported, run, monkeypatch):
     text = run("show", "job")[1]
     assert f"{clipped:,} ({percent})" in text
     assert (f"of {finite:,} steps with a finite" in text) == (finite < steps)
-    assert (f"{absent:,} steps had no gradient: backward() was not called" in text) == (absent > 0)
+    assert (f"{absent:,} steps had no gradient" in text) == (absent > 0)
 
     late = f"step >= {STEPS // 5}"
     made = json.loads(run("recommend", "job", "--json")[1])
@@ -163,7 +163,7 @@ def test_every_reader_tells_the_ratio_that_sql_does(exported, run, monkeypatch):
     tiles = {metric.label: metric.value for metric in app.metric}
     assert tiles["Clipped"] == percent
     said = " ".join(caption.value.replace("\\", "") for caption in app.caption)
-    assert (f"{absent:,} steps had no gradient: backward() was not called" in said) == (absent > 0)
+    assert (f"{absent:,} steps had no gradient" in said) == (absent > 0)
 
     assert exported["gradwatch_steps_total"] == steps
     assert exported["gradwatch_clipped_steps_total"] == clipped

@@ -205,7 +205,7 @@ def test_a_loop_that_trains_nothing_is_told_so(loop, run):
     assert "in 250 of the last 250 steps no parameter had a gradient" in text
     status, text, _ = run("show", "job")
     assert status == 1
-    assert "250 steps had no gradient: backward() was not called" in text
+    assert "250 steps had no gradient" in text
     for told in (text, run("recommend", "job")[1]):
         assert "exactly 0" not in told
         assert "0 %" not in told.replace("20 %", "")
