@@ -75,7 +75,7 @@ def test_a_job_that_ends_at_once_says_why_nothing_was_stored(tmp_path, caplog):
     (tmp_path / "folder").mkdir()
     agent, model, optimizer = begin(tmp_path / "folder")
     train(model, optimizer, 3)
-    agent._recording.pipeline.close(agent._recording.channel, "finished", 0.2)
+    agent.close()
     why, left = caplog.messages
     assert "unable to open database file (this user has to be able to write" in why
     assert "gradwatch recover" in left
