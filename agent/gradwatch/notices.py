@@ -208,15 +208,16 @@ class Notices:
         if step.listed is not None and step.listed is not listed:  # the list has changed since
             listed, told = step.listed, events.encode_names(step.listed)
         measured = step.measured
-        norms = measured[0].tensor_norms
+        # Of a policy a group, each group's norms one after another.
+        norms = [norm for one in measured for norm in one.tensor_norms]
         if step.named is not None:
             names = step.named.names
         elif len(measured) == 1 and self._listing.holds(measured[0].params):
             names = listed
         else:
             names = self._names.of([p for m in measured for p in m.params], optimizer)
-        if names != listed:  # in several parts, or some have no gradient
-            found = dict(zip(names, (n for m in measured for n in m.tensor_norms), strict=True))
+        if names != listed:  # in another order, or some have no gradient
+            found = dict(zip(names, norms, strict=True))
             norms = [found.get(name, math.nan) for name in listed]
         if weights is not None and len(weights) != len(norms):
             weights = None

@@ -156,6 +156,23 @@ def test_layer_norms_stay_with_their_parameters_when_the_list_changes():
     agent.close()
 
 
+def test_layer_norms_are_those_of_all_groups_under_a_policy_a_group():
+    """Gradient norms and weight norms of each parameter, against torch's."""
+    params = [nn.Parameter(torch.full((4,), float(i + 1))) for i in range(3)]
+    optimizer = torch.optim.SGD([{"params": params[:1]}, {"params": params[1:]}], lr=0.0)
+    clip = [gradwatch.ClipNorm(1e6)] * 2
+    agent, sink = watched(optimizer, clip=clip, settings=gradwatch.Settings(layer_norms_every=1))
+    for i, param in enumerate(params):
+        param.grad = torch.full_like(param, 0.5 * (i + 1))
+    optimizer.step()
+    assert agent.flush()
+    (sample,) = sink.layers
+    assert list(sample.parameters) == ["group0.param0", "group1.param0", "group1.param1"]
+    assert sample.grad_norms == pytest.approx([float(p.grad.norm()) for p in params])
+    assert sample.weight_norms == pytest.approx([float(p.detach().norm()) for p in params])
+    agent.close()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_layer_that_changes_its_type_is_measured_exactly_from_then_on(dtype):
     """The second layer only; the reference is numpy's in float64."""
