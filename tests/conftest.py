@@ -31,6 +31,8 @@ def _apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GRADWATCH_METRICS_PORT", "0")
     monkeypatch.setenv("GRADWATCH_DRAIN_INTERVAL", "0.05")
+    # Streamlit's AppTest leaves its page there, which every spawned process would import.
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     yield
     if process._process.pipeline is not None:
         process._process.pipeline.shutdown("finished", 10.0)
