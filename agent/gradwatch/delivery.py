@@ -6,11 +6,13 @@ hangs holds up the worker, never the training.)
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, cast
 
 from gradwatch.events import decode
+from gradwatch.recorder import WITHIN_LOCK
 from gradwatch.records import Batch, Event, LayerNorms
 from gradwatch.sinks import (
     BusyError,
@@ -20,8 +22,9 @@ from gradwatch.sinks import (
     RunForgottenError,
     SinkError,
 )
-from gradwatch.thinning import ROWS, STRETCH, event, sampled
+from gradwatch.thinning import STRETCH, event, sampled
 from gradwatch.troubles import logger
+from gradwatch.turns import BEHIND, Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -41,7 +44,7 @@ _LOST = {
     "error": "steps that could not be recorded",
     "events": "blocks of events overwritten or torn",
 }
-_BATCH_STEPS = 20_000
+_BATCH_STEPS = 20_000  # of a run that is over, for the store
 _LISTEN_SECONDS = 0.5  # between two looks for a threshold that somebody has applied
 _RING_SECONDS = 30.0  # between two looks whether the flight-recorder file is still there
 _AROUND_SECONDS = 30.0  # between two looks whether another process records the run too
@@ -55,13 +58,16 @@ class Delivery:
         self.heartbeat = 60.0  # seconds between two signs of life of a run that records nothing
         self.retry = 1.0  # seconds until the first retry; doubles with every failure
         self.patience = 2.0  # seconds that others may keep us from the store, unmentioned
+        self.turns = Turns()
         self._clock = clock
         self._troubles = troubles
 
     def serve(self, channel: Channel) -> None:
         """Deliver all that is new in this channel's ring, and end it if that was asked for."""
+        behind = channel.ring.heads[0] - channel.store.steps > BEHIND
         try:
-            self._serve(channel)
+            with self.turns.short() if behind else contextlib.nullcontext():
+                self._serve(channel)
         except Exception as error:  # noqa: BLE001 - a bug here must not end the worker
             self._troubles.report("worker", f"the worker failed ({type(error).__name__}: {error})")
             if channel.closing:  # nor let a run that ends wait for ever
@@ -293,10 +299,12 @@ class Delivery:
         """The steps that come next for this sink, and of how many of them one is to be stored."""
         ring = channel.ring
         whole = channel.closing or channel.run.recovered  # no more steps come: all are stored
-        if outlet is not channel.store or whole or channel.run.rank != 0:
+        if outlet is not channel.store:
+            return ring.read_steps(outlet.steps, WITHIN_LOCK), 1
+        if whole or channel.run.rank != 0:
             return ring.read_steps(outlet.steps, _BATCH_STEPS), 1
         every = channel.thinning.plan(ring.heads[0] - outlet.steps)
-        return ring.read_steps(outlet.steps, ROWS * every), every
+        return ring.read_steps(outlet.steps, channel.thinning.rows * every), every
 
     def _records_dropped(self, channel: Channel, records: Any, dropped: dict[str, int]) -> Event:
         step = int(records["step"][0]) if len(records) else channel.run.start_step

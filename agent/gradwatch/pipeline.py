@@ -307,6 +307,7 @@ class Pipeline:
         for method in self._in_child:
             if (call := method()) is not None:
                 call()
+        self._delivery.turns.restore()
         if self._exporter is not None:
             self._exporter.forked()
 

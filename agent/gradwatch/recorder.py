@@ -51,7 +51,13 @@ if TYPE_CHECKING:
 
     from gradwatch.records import RunStatus
 
-__all__ = ["EVENT_DTYPE", "FLAGS", "STEP_DTYPE", "Messages", "NullRing", "Ring", "Steps"]
+__all__ = [
+    "EVENT_DTYPE", "FLAGS", "STEP_DTYPE", "WITHIN_LOCK", "Messages", "NullRing", "Ring", "Steps",
+]  # fmt: skip
+
+# Records at a time that numpy works on without releasing the interpreter lock (more than 500 values,
+# and it does). Whoever releases it beside a training loop that never pauses waits 5 ms to have it back.
+WITHIN_LOCK = 500
 
 
 class Steps(NamedTuple):

@@ -20,7 +20,7 @@ import numpy as np
 from gradwatch.errors import StoreError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = [
     "BLOCK",
@@ -59,6 +59,7 @@ INPUTS = (
     "step", "time", "loss", "lr", "pre_norm", "post_norm", "threshold", "loss_scale",
     "clipped", "nonfinite", "nonfinite_loss", "skipped",
 )  # fmt: skip
+_VALUES = ("pre_norm", "post_norm", "threshold", "loss", "lr", "loss_scale")
 
 
 class Histograms(NamedTuple):
@@ -82,74 +83,140 @@ def completed(steps: Integers, expected: int) -> list[int]:
     return sorted(block for block in touched if block < end)
 
 
-def summarise(records: Mapping[str, Any]) -> dict[str, Any]:
-    """The row of `step_summaries` for these records, without its key.
+def summarise(records: Mapping[str, Any], starts: Sequence[int] = (0,)) -> list[dict[str, Any]]:
+    """The rows of `step_summaries` for blocks of these records, without their keys.
 
     Args:
-        records: arrays by the names in `INPUTS`, in the order of the steps, one record at least;
-            NaN where a value is absent or not finite, flags as 0 and 1.
+        records: arrays by the names in `INPUTS`, in the order of the steps; NaN where a value is
+            absent or not finite, flags as 0 and 1.
+        starts: where each block begins in them; a block has one record at least.
     """
-    norms, losses = _finite(records["pre_norm"]), _finite(records["loss"])
-    thresholds, post = _finite(records["threshold"]), _finite(records["post_norm"])
-    rates, scales = _finite(records["lr"]), _finite(records["loss_scale"])
-    positive, post_positive = norms[norms > 0], post[post > 0]
-    skipped, nonfinite = records["skipped"] != 0, records["nonfinite"] != 0
-    overflow = skipped & ~nonfinite & np.isnan(records["pre_norm"])
-    burst = bursts(positive)
-    return {
-        "first_step": int(records["step"][0]),
-        "last_step": int(records["step"][-1]),
-        "last_time": float(records["time"][-1]),
-        "steps": len(records["step"]),
-        "finite": len(norms),
-        "zeros": int((norms == 0).sum()),
-        "clipped": int((records["clipped"] != 0).sum()),
-        "nonfinite": int(nonfinite.sum()),
-        "nonfinite_loss": int((records["nonfinite_loss"] != 0).sum()),
-        "skipped": int(skipped.sum()),
-        "amp_overflows": int((overflow & ~np.isnan(records["loss_scale"])).sum()),
-        "no_gradient": int((np.isnan(records["pre_norm"]) & ~nonfinite & ~skipped).sum()),
-        "pre_norm": _last(norms),
-        "post_norm": _last(post),
-        "threshold": _last(thresholds),
-        "loss": _last(losses),
-        "lr": _last(rates),
-        "loss_scale": _last(scales),
-        "pre_norm_min": _least(positive),
-        "pre_norm_geomean": _geomean(positive),
-        "pre_norm_max": _greatest(norms),
-        "post_norm_min": _least(post_positive),
-        "post_norm_geomean": _geomean(post_positive),
-        "post_norm_max": _greatest(post),
-        "post_norm_count": len(post_positive),
-        "threshold_min": _least(thresholds),
-        "threshold_geomean": _geomean(thresholds[thresholds > 0]),
-        "threshold_max": _greatest(thresholds),
-        "threshold_count": int((thresholds > 0).sum()),
-        "loss_min": _least(losses),
-        "loss_mean": _mean(losses),
-        "loss_geomean": _geomean(losses) if (losses > 0).all() else None,
-        "loss_max": _greatest(losses),
-        "loss_count": len(losses),
-        "lr_min": _least(rates),
-        "lr_mean": _mean(rates),
-        "lr_max": _greatest(rates),
-        "lr_count": len(rates),
-        "loss_scale_min": _least(scales),
-        "loss_scale_mean": _mean(scales),
-        "loss_scale_max": _greatest(scales),
-        "loss_scale_count": len(scales),
-        "spike": float(spikes(positive).max()) if len(positive) else None,
-        "burst": float(burst.max()) if len(burst) else None,
-        "norms": encode(positive),
+    first = np.asarray(starts)
+    last = np.append(first[1:], len(records["step"])) - 1
+    values = np.stack([records[name] for name in _VALUES])
+    known = np.isfinite(values)
+    positive = known & (values > 0)
+    number = {name: at for at, name in enumerate(_VALUES)}
+
+    rows: dict[str, np.ndarray[Any, Any]] = {
+        "first_step": records["step"][first],
+        "last_step": records["step"][last],
+        "last_time": records["time"][last],
+        "steps": last + 1 - first,
+        **_counts(records, known[number["pre_norm"]], first),
     }
+    every, above_zero = (
+        _Statistics.of(values, known, first),
+        _Statistics.of(values, positive, first),
+    )
+    means, geomeans = every.mean(values, known, first), above_zero.geomean(values, positive, first)
+    all_above = every.amount == above_zero.amount
+    for name, at in number.items():
+        norm = name.endswith("_norm")
+        rows[name] = every.last[at]
+        rows[f"{name}_min"] = (above_zero if norm else every).least[at]
+        rows[f"{name}_max"] = every.greatest[at]
+        if norm or name == "threshold":
+            rows[f"{name}_geomean"] = geomeans[at]
+            rows[f"{name}_count"] = above_zero.amount[at]
+        else:
+            rows[f"{name}_mean"] = means[at]
+            rows[f"{name}_count"] = every.amount[at]
+    rows["loss_geomean"] = np.where(all_above, geomeans, np.nan)[number["loss"]]
+    del rows["pre_norm_count"]  # that is `finite` without `zeros`
+
+    norms, lengths = values[0][positive[0]], above_zero.amount[0]
+    rows["spike"], rows["burst"] = np.full((2, len(first)), np.nan)
+    for which, blocks in _of_one_length(norms, lengths):
+        rows["spike"][which] = spikes(blocks).max(axis=-1)
+        rows["burst"][which] = bursts(blocks).max(axis=-1)
+    cells: list[Sequence[Any]] = [
+        [None if cell != cell else cell for cell in column.tolist()]  # noqa: PLR0124 - NaN
+        for column in rows.values()
+    ]
+    cells.append(_histograms(norms, lengths))
+    return [dict(zip([*rows, "norms"], row, strict=True)) for row in zip(*cells, strict=True)]
+
+
+def _counts(records: Mapping[str, Any], finite: Flags, starts: Integers) -> dict[str, Integers]:
+    """How many records of each block are of each kind."""
+    skipped, nonfinite = records["skipped"] != 0, records["nonfinite"] != 0
+    absent = np.isnan(records["pre_norm"]) & ~nonfinite
+    kinds = {
+        "finite": finite,
+        "zeros": records["pre_norm"] == 0,
+        "clipped": records["clipped"] != 0,
+        "nonfinite": nonfinite,
+        "nonfinite_loss": records["nonfinite_loss"] != 0,
+        "skipped": skipped,
+        "amp_overflows": absent & skipped & ~np.isnan(records["loss_scale"]),
+        "no_gradient": absent & ~skipped,
+    }
+    counts = np.add.reduceat(np.stack([*kinds.values()]).astype(np.int64), starts, axis=1)
+    return dict(zip(kinds, counts, strict=True))
+
+
+class _Statistics(NamedTuple):
+    """Of each column in each block, of those values that are `there`; NaN where none is."""
+
+    amount: Integers
+    least: Floats
+    greatest: Floats
+    last: Floats
+
+    @classmethod
+    def of(cls, values: Floats, there: Flags, starts: Integers) -> _Statistics:
+        count = np.add.reduceat(there.astype(np.int64), starts, axis=1)
+        kept = np.where(there, values, np.nan)
+        at = np.where(there, np.arange(values.shape[1]), -1)
+        at = np.maximum.reduceat(at, starts, axis=1)
+        return cls(
+            count,
+            np.fmin.reduceat(kept, starts, axis=1),
+            np.fmax.reduceat(kept, starts, axis=1),
+            np.where(count > 0, np.take_along_axis(values, at, axis=1), np.nan),
+        )
+
+    def mean(self, values: Floats, there: Flags, starts: Integers) -> Floats:
+        """Each value is divided before the sum: the sum of finite values need not be finite."""
+        sizes = np.diff(np.append(starts, values.shape[1]))
+        counts = np.repeat(np.maximum(self.amount, 1), sizes, axis=1)
+        total = np.add.reduceat(np.where(there, values / counts, 0.0), starts, axis=1)
+        return self._within(total)
+
+    def geomean(self, values: Floats, there: Flags, starts: Integers) -> Floats:
+        """The mean on a log axis, exp(mean(ln x)), of values above 0."""
+        logs = np.log(np.where(there, values, 1.0))
+        mean = np.add.reduceat(logs, starts, axis=1) / np.maximum(self.amount, 1)
+        return self._within(np.exp(np.minimum(mean, math.log(_LARGEST))))
+
+    def _within(self, means: Floats) -> Floats:
+        """Without their rounding error, where that puts them outside of the values."""
+        return np.where(self.amount > 0, np.clip(means, self.least, self.greatest), np.nan)
+
+
+def _of_one_length(norms: Floats, lengths: Integers) -> Iterator[tuple[Integers, Floats]]:
+    """Which blocks have so many norms, and their norms, a row a block; of each length above 0."""
+    ends = np.cumsum(lengths)
+    for length in np.unique(lengths[lengths > 0]).tolist():
+        which = np.flatnonzero(lengths == length)
+        yield which, norms[(ends[which] - length)[:, None] + np.arange(length)]
 
 
 def encode(norms: Floats) -> bytes:
     """The histogram of finite norms above 0."""
-    bins, counts = np.unique(np.floor(np.log(norms) * _BINS).astype(np.int64), return_counts=True)
-    packed = (bins + _OFFSET) << _BITS | np.minimum(counts, (1 << _BITS) - 1)
-    return np.concatenate([[VERSION], packed]).astype("<u4").tobytes()
+    return _histograms(norms, np.array([len(norms)]))[0]
+
+
+def _histograms(norms: Floats, lengths: Integers) -> list[bytes]:
+    """Of each block; the norms of all of them stand one after the other."""
+    bins = np.floor(np.log(norms) * _BINS).astype(np.int64) + _OFFSET
+    keys = np.repeat(np.arange(len(lengths)), lengths) << 32 | bins
+    keys, counts = np.unique(keys, return_counts=True)
+    packed = (keys & (1 << 32) - 1) << _BITS | np.minimum(counts, (1 << _BITS) - 1)
+    ends = np.searchsorted(keys >> 32, np.arange(len(lengths)), side="right").tolist()
+    data, head = packed.astype("<u4"), VERSION.to_bytes(4, "little")
+    return [head + data[start:end].tobytes() for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def decode(blobs: Sequence[bytes]) -> Histograms:
@@ -235,12 +302,16 @@ class Distribution:
 
 
 def spikes(norms: Floats) -> Floats:
-    """Each norm in units of the median of the 50 before it; the first 50, of their own median."""
-    if not len(norms):
-        return np.empty(0)
-    level = np.full(len(norms), _medians(norms[:BEFORE]))
-    if len(norms) > BEFORE:
-        level[BEFORE:] = _medians(np.lib.stride_tricks.sliding_window_view(norms[:-1], BEFORE))
+    """Each norm in units of the median of the 50 before it; the first 50, of their own median.
+
+    Along the last axis.
+    """
+    if not norms.size:
+        return np.empty(norms.shape)
+    level = np.repeat(_medians(norms[..., :BEFORE])[..., None], norms.shape[-1], axis=-1)
+    if norms.shape[-1] > BEFORE:
+        before = np.lib.stride_tricks.sliding_window_view(norms[..., :-1], BEFORE, axis=-1)
+        level[..., BEFORE:] = _medians(before)
     with np.errstate(over="ignore"):
         return np.asarray(np.minimum(norms / level, _LARGEST))
 
@@ -254,51 +325,25 @@ def _medians(values: Floats) -> Floats:
 
 
 def bursts(norms: Floats) -> Floats:
-    """How far norms jump up within about 100 steps: log(q98 / median) of each such window."""
+    """How far norms jump up within about 100 steps: log(q98 / median) of each such window.
+
+    Along the last axis.
+    """
     high, middle = windowed(np.log(norms), [0.98, 0.5])
     return np.asarray(high - middle)
 
 
 def windowed(values: Floats, q: Sequence[float]) -> Floats:
-    """Quantiles of windows of about 100 values in a row: an array of (quantiles, windows)."""
-    if not len(values):
-        return np.empty((len(q), 0))
-    count = max(1, len(values) // WINDOW)
-    length, longer = divmod(len(values), count)
+    """Quantiles of windows of about 100 values in a row, along the last axis: (quantiles, ..., windows)."""
+    *others, size = values.shape
+    if not size:
+        return np.empty((len(q), *others, 0))
+    count = max(1, size // WINDOW)
+    length, longer = divmod(size, count)
     cut = longer * (length + 1)  # so many windows are longer by one: as np.array_split does it
-    parts = (values[:cut].reshape(-1, length + 1), values[cut:].reshape(-1, length))
-    return np.hstack([np.quantile(part, q, axis=1) for part in parts if len(part)])
-
-
-def _finite(values: Floats) -> Floats:
-    return values[np.isfinite(values)]
-
-
-def _last(values: Floats) -> float | None:
-    return float(values[-1]) if len(values) else None
-
-
-def _least(values: Floats) -> float | None:
-    return float(values.min()) if len(values) else None
-
-
-def _greatest(values: Floats) -> float | None:
-    return float(values.max()) if len(values) else None
-
-
-def _mean(values: Floats) -> float | None:
-    # Each value is divided before the sum: the sum of finite values need not be finite.
-    return _within(float((values / len(values)).sum()), values) if len(values) else None
-
-
-def _geomean(values: Floats) -> float | None:
-    """The mean on a log axis, exp(mean(ln x)); all values have to be above 0."""
-    if not len(values):
-        return None
-    mean = min(float(np.log(values).mean()), math.log(_LARGEST))  # rounded up, it may be past that
-    return _within(math.exp(mean), values)
-
-
-def _within(mean: float, values: Floats) -> float:
-    """The mean without its rounding error where that puts it outside of the values."""
-    return min(max(mean, float(values.min())), float(values.max()))
+    parts = (
+        values[..., :cut].reshape(*others, -1, length + 1),
+        values[..., cut:].reshape(*others, -1, length),
+    )
+    found = [np.quantile(part, q, axis=-1) for part in parts if part.size]
+    return np.concatenate(found, axis=-1)

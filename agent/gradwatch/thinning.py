@@ -18,14 +18,14 @@ from gradwatch.records import Event
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ROWS", "STRETCH", "Thinning", "event", "joined", "sampled"]
+__all__ = ["STRETCH", "Thinning", "event", "joined", "sampled"]
 
 STRETCH = ("thinned", "every", "first_step", "last_step")  # the data of an event of thinned steps
-ROWS = 4_000  # stored by one batch, at most: a second where the training loop never pauses
+_BATCH = 0.125  # of the ring: stored by one batch, at most
 _MOST = 1024  # steps of which one is stored
 _BEHIND = 0.25  # of the ring: the store may be behind by so much
 _LATE = 0.5  # of the ring: it may be full before there is a second batch to see
-_CALM = 100  # batches in a row, before each of which hardly a step waited
+_CALM = 30  # batches in a row, before each of which hardly a step waited
 
 
 class Thinning:
@@ -33,6 +33,7 @@ class Thinning:
 
     def __init__(self, capacity: int) -> None:
         self.every = 1
+        self.rows = max(1, int(_BATCH * capacity))  # stored by one batch, at most
         self._capacity = capacity
         self._before = math.inf  # steps that waited before the last batch; inf: not known
         self._grown = 0
@@ -43,16 +44,17 @@ class Thinning:
 
         As few as came during the last batch allow, where a quarter of the ring waits, more than one
         batch takes, and what waits grows though the store takes batches: two in a row, or one where
-        half of the ring waits. Half as many once the store has kept up for
-        long.
+        half of the ring waits. Half as many once the store has kept up for long.
         """
-        behind = waiting > max(_BEHIND * self._capacity, ROWS * self.every)
-        came = int(waiting - self._before) + ROWS * self.every if waiting >= self._before else 0
+        behind = waiting > max(_BEHIND * self._capacity, self.rows * self.every)
+        came = (
+            int(waiting - self._before) + self.rows * self.every if waiting >= self._before else 0
+        )
         self._grown = self._grown + 1 if behind and waiting >= self._before else 0
-        self._calm = self._calm + 1 if waiting <= ROWS * self.every else 0
+        self._calm = self._calm + 1 if waiting <= self.rows * self.every else 0
         self._before = waiting
         if self._grown > 1 or (self._grown and waiting > _LATE * self._capacity):
-            self.every = min(1 << (-(-came // ROWS) - 1).bit_length(), _MOST)
+            self.every = min(1 << (-(-came // self.rows) - 1).bit_length(), _MOST)
         elif self._calm > _CALM and self.every > 1:
             self.every //= 2
             self._calm = 0

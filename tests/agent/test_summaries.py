@@ -89,7 +89,7 @@ def table(count, seed=0, **columns):
 def test_a_row_is_numpys():
     """Counts, extremes, means and last values of a thousand records."""
     records = table(1000)
-    row = summaries.summarise(records)
+    (row,) = summaries.summarise(records)
     pre, loss = records["pre_norm"], records["loss"]
     positive = pre[pre > 0]
     overflow = (
@@ -129,7 +129,7 @@ def test_a_row_is_numpys():
 def test_a_row_holds_only_what_is_finite(value):
     """Whatever the records hold, what is stored is a number or nothing."""
     records = table(300, loss=np.full(300, value), pre_norm=np.full(300, abs(value)))
-    row = summaries.summarise(records)
+    (row,) = summaries.summarise(records)
     assert set(row) == {c.name for c in schema.step_summaries.columns if not c.primary_key}
     for name, told in row.items():
         assert told is None or name == "norms" or math.isfinite(told)

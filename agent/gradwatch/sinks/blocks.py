@@ -94,13 +94,15 @@ def _whole(blocks: Sequence[int], batch: Records) -> Iterator[dict[str, Any]]:
     Such are those after its first one, though steps be missing, and that one if none is missing.
     """
     steps = batch["step"]
-    if not len(steps) or (np.diff(steps) <= 0).any():
+    if not len(steps) or not blocks or (np.diff(steps) <= 0).any():
         return
-    for block in blocks:
-        start, stop = np.searchsorted(steps, (block * BLOCK, (block + 1) * BLOCK)).tolist()
-        records = batch[start:stop]
-        if len(records) == BLOCK or (start and len(records)):
-            yield {"block": block, **summarise(_as_stored(records))}
+    wanted = np.array(blocks)
+    start, stop = np.searchsorted(steps, [wanted * BLOCK, (wanted + 1) * BLOCK])
+    whole = (stop > start) & ((start > 0) | (stop - start == BLOCK))
+    kept = [np.arange(*ends) for ends in zip(start[whole], stop[whole], strict=True)]
+    if kept:
+        records = _as_stored(batch[np.concatenate(kept)])
+        yield from rows_of(records)
 
 
 def _as_stored(records: Records) -> dict[str, Any]:
@@ -137,14 +139,10 @@ def rows_of(records: dict[str, Any]) -> list[dict[str, Any]]:
     blocks = records["step"] // BLOCK
     if not len(blocks):
         return []
-    cuts = np.flatnonzero(np.diff(blocks, prepend=-1))
-    ends = [*cuts[1:].tolist(), len(blocks)]
+    starts = np.flatnonzero(np.diff(blocks, prepend=-1)).tolist()
+    rows = summarise(records, starts)
     return [
-        {
-            "block": int(blocks[start]),
-            **summarise({name: column[start:end] for name, column in records.items()}),
-        }
-        for start, end in zip(cuts.tolist(), ends, strict=True)
+        {"block": block, **row} for block, row in zip(blocks[starts].tolist(), rows, strict=True)
     ]
 
 

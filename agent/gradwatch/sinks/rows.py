@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 
 from gradwatch import schema, thinning
-from gradwatch.recorder import FLAGS
+from gradwatch.recorder import FLAGS, WITHIN_LOCK
 from gradwatch.sinks import bulk
 
 if TYPE_CHECKING:
@@ -177,6 +177,11 @@ def _step_values(stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]) -> l
     Only int, float and str: for anything else, None and bool too, it asks an adapter, which takes
     twice as long as storing the row.
     """
+    pieces = [steps[start : start + WITHIN_LOCK] for start in range(0, len(steps), WITHIN_LOCK)]
+    return [value for piece in pieces for value in _piece(stored, piece)]
+
+
+def _piece(stored: Stored, steps: np.ndarray[Any, np.dtype[np.void]]) -> list[Any]:
     table = np.empty((len(steps), len(schema.step_records.columns)), object)
     table[:, 0], table[:, 1] = stored.run_id, stored.attempt
     table[:, 2] = steps["step"]

@@ -117,18 +117,16 @@ class Series:
         steps = batch.steps
         if not len(steps):
             return
-        self._count(steps)
+        finite = {name: _finite(steps[name]) for name in ("pre_norm", "post_norm", "loss")}
+        self._count(steps, finite)
         for name, field in _FIELD_GAUGES.items():
-            finite = _finite(steps[field])
-            if len(finite):
-                self._gauges[name] = float(finite[-1])
+            if (at := _last_finite(steps[field])) is not None:
+                self._gauges[name] = float(steps[field][at])
+        if (at := _last_finite(steps["loss"])) is not None:
+            self._gauges["gradwatch_last_finite_loss_timestamp_seconds"] = float(steps["time"][at])
         for name, field in _PEAKS.items():
-            finite = _finite(steps[field])
-            if len(finite):
-                self._peaks[name].add(float(finite.max()), now)
-        with_loss = steps["time"][np.isfinite(steps["loss"])]
-        if len(with_loss):
-            self._gauges["gradwatch_last_finite_loss_timestamp_seconds"] = float(with_loss[-1])
+            if len(finite[field]):
+                self._peaks[name].add(float(finite[field].max()), now)
         self._pace.add(steps["step"], steps["time"])
 
     def gauges(self, now: float) -> dict[str, float]:
@@ -142,20 +140,28 @@ class Series:
             found["gradwatch_stalled_after_seconds"] = pace.patience
         return found
 
-    def _count(self, steps: np.ndarray[Any, Any]) -> None:
+    def _count(self, steps: np.ndarray[Any, Any], finite: dict[str, np.ndarray[Any, Any]]) -> None:
         self.counters["gradwatch_steps_total"] += len(steps)
-        finite_norms = np.count_nonzero(np.isfinite(steps["pre_norm"]))
-        self.counters["gradwatch_finite_gradient_steps_total"] += int(finite_norms)
+        self.counters["gradwatch_finite_gradient_steps_total"] += len(finite["pre_norm"])
+        there = int(np.bitwise_or.reduce(steps["flags"]))
         for name, flag in _FLAG_COUNTERS.items():
-            self.counters[name] += int(np.count_nonzero(steps["flags"] & flag))
+            if there & flag:
+                self.counters[name] += int(np.count_nonzero(steps["flags"] & flag))
         for name, field in _HISTOGRAMS.items():
-            finite = _finite(steps[field])
-            where = np.searchsorted(_BOUNDS, finite, side="left")
+            where = np.searchsorted(_BOUNDS, finite[field], side="left")
             self.buckets[name] += np.bincount(where, minlength=len(_BOUNDS) + 1)
-            total = self.sums[name] + float(finite.sum())
+            total = self.sums[name] + float(finite[field].sum())
             self.sums[name] = total if math.isfinite(total) else self.sums[name]
 
 
 def _finite(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     finite: np.ndarray[Any, Any] = values[np.isfinite(values)]
     return finite
+
+
+def _last_finite(values: np.ndarray[Any, Any]) -> int | None:
+    """Where the last finite value is; it most often is the last of all."""
+    if math.isfinite(values[-1]):
+        return -1
+    finite = np.flatnonzero(np.isfinite(values))
+    return int(finite[-1]) if len(finite) else None
