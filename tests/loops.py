@@ -106,3 +106,8 @@ def states_equal(one, other):
         )
         for a, b in zip(one, other, strict=True)
     )
+
+
+def told_of(steps):
+    """Of steps with one fault, those that have an event: the 1st, 2nd, 4th, 8th and so on."""
+    return [step for count, step in enumerate(sorted(steps), 1) if count & (count - 1) == 0]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = [
     "LossSpikes",
     "NormSpikes",
-    "Streak",
+    "Repeats",
     "amp_overflow",
     "dead_gradient",
     "decode",
@@ -165,7 +165,7 @@ def nonfinite_gradient(
     skipped: bool,
     modified: bool = False,
     weights: bool | None = False,
-    in_a_row: int = 1,
+    repeats: Repeats | None = None,
 ) -> Event:
     """The gradient held NaN or inf. `faults`: parameter → nan | inf | nan+inf, in model order.
 
@@ -175,7 +175,7 @@ def nonfinite_gradient(
     non-finite and leaves those after it finite. So it entered at the last non-finite parameter;
     where all are non-finite, it came from the forward pass or the loss. Neither can be told of
     gradients that were `modified` in place, and of weights that were not finite before; `weights`
-    is None where they could not be looked at. `in_a_row` counts the steps up to this one.
+    is None where they could not be looked at. `repeats` has counted this step and those before it.
     """
     names = list(faults)
     kinds = {kind for fault in faults.values() for kind in fault.split("+")}
@@ -208,12 +208,8 @@ def nonfinite_gradient(
         )
         where = f"{len(names)} of {tensors} parameters ({listed}); {why}"
     outcome = "the step was skipped" if skipped else "the step was not skipped"
-    if in_a_row > 1:
-        outcome += (
-            f"; it is the {in_a_row:,}th such step in a row"
-            if in_a_row > 2
-            else "; so was the step before"
-        )
+    if repeats is not None:
+        outcome += repeats.said("the gradient was not finite")
     return Event(
         "nonfinite_gradient",
         step,
@@ -224,10 +220,10 @@ def nonfinite_gradient(
             "parameters": dict(faults),
             "origin": origin,
             "entered": entered,
-            "in_a_row": in_a_row,
             "tensors": tensors,
             "skipped": skipped,
             "ranks": list(ranks),
+            **(repeats.data if repeats is not None else {}),
         },
         ranks[0] if len(ranks) == 1 else None,
     )
@@ -251,35 +247,61 @@ def nonfinite_weights(step: int, time: float, rank: int, bad: Sequence[str], ten
     )
 
 
-class Streak:
-    """Steps in a row with one fault, of which the 1st, 2nd, 4th, 8th … are told.
+class Repeats:
+    """How often a fault has come: the 1st, 2nd, 4th, 8th … time is told.
 
-    A fault that stays costs the store a few events. A step without it ends the streak.
+    However often it comes, it costs the store a few events. After 100 steps without it, counting
+    begins anew.
     """
 
+    APART = 100
+
     def __init__(self) -> None:
-        self.length = 0
-        self._last = -2  # the last step with the fault
+        self.count = 0
+        self.within = 0  # steps, from the first that was counted to the last
+        self._last = self._before = -math.inf  # the last step with the fault, and the one before
 
     def told(self, step: int) -> bool:
         """Count this step, which has the fault, and say whether to tell it."""
         if step != self._last:
-            self.length = self.length + 1 if step == self._last + 1 else 1
-            self._last = step
-        return self.length & (self.length - 1) == 0
+            apart = step - self._last
+            if apart > self.APART:
+                self.count = self.within = 0
+            self.count += 1
+            self.within = self.within + int(apart) if self.within else 1
+            self._before, self._last = self._last, step
+        return self.count & (self.count - 1) == 0
 
-    def end(self) -> None:
-        """What was counted last was no such fault."""
-        self._last = -2
+    def take_back(self, step: int) -> None:
+        """If this step was counted: it had no such fault."""
+        if step == self._last:
+            self.count -= 1
+            self.within = self.within - int(step - self._before) if self.count else 0
+            self._last = self._before
+
+    def said(self, what: str) -> str:
+        """What came how often, as the end of a message; empty the first time."""
+        if self.count <= 1:
+            return ""
+        of = f"{self.count:,} of" if self.count < self.within else "each of"
+        return f"; {what} in {of} the last {self.within:,} steps"
+
+    @property
+    def data(self) -> dict[str, int]:
+        """How often, for an event's data."""
+        return {"count": self.count, "within": self.within}
 
 
-def nonfinite_loss(step: int, time: float, rank: int, loss: float) -> Event:
+def nonfinite_loss(
+    step: int, time: float, rank: int, loss: float, repeats: Repeats | None = None
+) -> Event:
     """The loss handed to `agent.log` (or returned by the closure) was NaN or inf."""
-    kind = "nan" if math.isnan(loss) else "inf"
-    shown = "NaN" if math.isnan(loss) else "-inf" if loss < 0 else "inf"
-    return Event(
-        "nonfinite_loss", step, time, "critical", f"the loss is {shown}", {"value": kind}, rank
-    )
+    message = f"the loss is {'NaN' if math.isnan(loss) else '-inf' if loss < 0 else 'inf'}"
+    data: dict[str, Any] = {"value": "nan" if math.isnan(loss) else "inf"}
+    if repeats is not None:
+        message += repeats.said("it was not finite")
+        data |= repeats.data
+    return Event("nonfinite_loss", step, time, "critical", message, data, rank)
 
 
 def grad_norm_spike(step: int, time: float, rank: int, norm: float, median: float) -> Event:
@@ -304,25 +326,25 @@ def loss_spike(
     return Event("loss_spike", step, time, "warning", message, data, rank)
 
 
-def amp_overflow(step: int, time: float, rank: int, loss_scale: float) -> Event:
+def amp_overflow(
+    step: int, time: float, rank: int, loss_scale: float, repeats: Repeats | None = None
+) -> Event:
     """The gradient overflowed under a GradScaler: routine, the scaler skips and backs off."""
     known = math.isfinite(loss_scale)
     shown = f" at loss scale {loss_scale:g}" if known else ""
-    return Event(
-        "amp_overflow",
-        step,
-        time,
-        "info",
-        f"the gradient overflowed{shown}; the loss scaler skipped the step",
-        {"loss_scale": loss_scale if known else None},
-        rank,
-    )
+    message = f"the gradient overflowed{shown}; the loss scaler skipped the step"
+    data: dict[str, Any] = {"loss_scale": loss_scale if known else None}
+    if repeats is not None:
+        message += repeats.said("it overflowed")
+        data |= repeats.data
+    return Event("amp_overflow", step, time, "info", message, data, rank)
 
 
-def dead_gradient(step: int, time: float, rank: int, tensors: int) -> Event:
-    """Every gradient was exactly 0; one event where a streak of such steps begins."""
-    why = "every gradient is exactly 0"
-    return Event("dead_gradient", step, time, "warning", why, {"tensors": tensors}, rank)
+def dead_gradient(step: int, time: float, rank: int, tensors: int, repeats: Repeats) -> Event:
+    """Every gradient was exactly 0."""
+    why = f"every gradient is exactly 0{repeats.said('it was so')}"
+    data = {"tensors": tensors, **repeats.data}
+    return Event("dead_gradient", step, time, "warning", why, data, rank)
 
 
 def spike_skipped(step: int, time: float, rank: int, skip: Skip) -> Event:

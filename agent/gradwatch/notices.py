@@ -47,8 +47,9 @@ class Notices:
         self.every = 0  # steps between two samples; 0 until the parameters are named
         self._norm_spikes = events.NormSpikes()
         self._loss_spikes = events.LossSpikes()
-        self._bad_losses = events.Streak()
-        self._dead = False  # within a streak of steps whose gradient was 0
+        self._bad_losses = events.Repeats()
+        self._overflows = events.Repeats()
+        self._dead = events.Repeats()
 
     def number(self, step: int, timeout: float = 0.0) -> int:
         """A step's number in the run, for who reads it; in this process where that is not known."""
@@ -78,14 +79,12 @@ class Notices:
     def gradient(
         self, step: int, time: float, norm: float, measured: Sequence[Measurement]
     ) -> Event | None:
-        """What a finite gradient norm shows: a spike, or the first of a streak of zeros."""
+        """What a finite gradient norm shows: a spike, or that it is 0."""
         if norm == 0.0:
-            if self._dead:
+            if not self._dead.told(step):
                 return None
-            self._dead = True
             tensors = sum(len(m.params) for m in measured)
-            return events.dead_gradient(step, time, self.rank, tensors)
-        self._dead = False
+            return events.dead_gradient(step, time, self.rank, tensors, self._dead)
         median = self._norm_spikes.observe(norm)
         if median is None:
             return None
@@ -96,7 +95,9 @@ class Notices:
         if not math.isfinite(loss):
             if not self._bad_losses.told(step):
                 return None
-            return self._of_rank(events.nonfinite_loss(step, time, self.rank, loss))
+            return self._of_rank(
+                events.nonfinite_loss(step, time, self.rank, loss, self._bad_losses)
+            )
         spike = self._loss_spikes.observe(loss)
         if spike is None:
             return None
@@ -112,7 +113,7 @@ class Notices:
         skipped: bool,
         modified: bool,
         weights: bool | None,
-        in_a_row: int,
+        repeats: events.Repeats,
     ) -> Event:
         """A gradient with NaN or inf. After an all-reduce nobody knows whose it was."""
         grads = [g for m in measured for g in m.grads]
@@ -123,7 +124,7 @@ class Notices:
         tensors = sum(len(m.params) for m in measured)
         event = events.nonfinite_gradient(
             step, time, ranks, faults, tensors,
-            skipped=skipped, modified=modified, weights=weights, in_a_row=in_a_row,
+            skipped=skipped, modified=modified, weights=weights, repeats=repeats,
         )  # fmt: skip
         return self._of_rank(event)
 
@@ -141,9 +142,11 @@ class Notices:
             return event
         return dataclasses.replace(event, message=f"rank {event.rank}: {event.message}")
 
-    def overflow(self, step: int, time: float, loss_scale: float) -> Event:
+    def overflow(self, step: int, time: float, loss_scale: float) -> Event | None:
         """A step that the loss scaler suppressed."""
-        return events.amp_overflow(step, time, self.rank, loss_scale)
+        if not self._overflows.told(step):
+            return None
+        return events.amp_overflow(step, time, self.rank, loss_scale, self._overflows)
 
     def skipped(self, step: int, time: float, skip: Skip) -> Event:
         """A step that the policy chose not to apply."""

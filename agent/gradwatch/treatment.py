@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gradwatch.afterwards import Afterwards
 from gradwatch.control import replaced
 from gradwatch.errors import NonFiniteGradientError
-from gradwatch.events import Streak, encode_event
+from gradwatch.events import Repeats, encode_event
 from gradwatch.listing import Listing, every
 from gradwatch.norms import combine, tensor_norms
 from gradwatch.part import Part
@@ -91,7 +91,7 @@ class Treatment:
         self.afterwards = Afterwards()
         # The last steps in a row whose gradient was not finite.
         self._bad_from = self._bad_until = -2
-        self._bad = Streak()
+        self._bad = Repeats()
         self._weights_told = False  # since they were finite last
         self.look_at_policies()
 
@@ -287,7 +287,7 @@ class Treatment:
     def _nonfinite(
         self, optimizer: Optimizer | None, step: OpenStep, *, by_hand: bool = False
     ) -> Event | None:
-        """Note it; the event, where this step of a streak is told."""
+        """Note it; the event, where this step is told."""
         skipped = self.on_nonfinite != "ignore"
         step.flags |= FLAGS.NONFINITE
         if skipped:
@@ -301,7 +301,7 @@ class Treatment:
             skipped=skipped,
             modified=self._is_modified(step),
             weights=self._weights_are_bad(optimizer, step),
-            in_a_row=self._bad.length,
+            repeats=self._bad,
         )  # fmt: skip
         if self.on_nonfinite == "raise":
             called = self.notices.called(step.number, _SAY_SECONDS)
@@ -376,9 +376,9 @@ class Treatment:
         step.pre_norm = step.post_norm = _nan
         step.flags = FLAGS.SKIPPED | FLAGS.AMP_OVERFLOW
         step.warning = None
-        self._bad.end()
+        self._bad.take_back(step.number)
         event = self.notices.overflow(step.number, step.time, step.loss_scale)
-        step.messages = [encode_event(event)]
+        step.messages = [] if event is None else [encode_event(event)]
 
     def learn(self, step: OpenStep, loss: float | None) -> None:
         """After the step: what the policies take in of it."""

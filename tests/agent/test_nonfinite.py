@@ -186,7 +186,7 @@ def test_observe_only_implies_ignore():
 
 
 def test_training_survives_a_storm():
-    """Half of the steps NaN: the other half train, and every one has its event."""
+    """Half of the steps NaN: the other half train; each is flagged, and a few tell how many."""
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
     agent = gradwatch.Agent(optimizer, model=model, store=(sink := MemorySink()), metrics_port=None)
@@ -198,8 +198,10 @@ def test_training_survives_a_storm():
     losses = train(model, optimizer, 400, after_backward=spoil)
     assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
     assert agent.flush()
-    kinds = [e.step for e in sink.events if e.kind == "nonfinite_gradient"]
-    assert kinds == list(range(1, 400, 2))
+    assert [r.step for r in sink.steps if r.nonfinite] == list(range(1, 400, 2))
+    told = [e for e in sink.events if e.kind == "nonfinite_gradient"]
+    assert [e.step for e in told] == [1, 3, 7, 15, 31, 63, 127, 255]
+    assert told[-1].message.endswith("; the gradient was not finite in 128 of the last 255 steps")
 
 
 def test_clip_by_hand_skips_at_the_step():
@@ -218,8 +220,8 @@ def test_clip_by_hand_skips_at_the_step():
     assert [(r.nonfinite, r.skipped) for r in sink.steps] == [(True, True)]
 
 
-def test_a_dead_gradient_is_noted_once_a_streak():
-    """A norm of exactly 0 is an event where the streak begins; no gradient at all is none."""
+def test_a_dead_gradient_is_noted_and_counted():
+    """A norm of exactly 0 is an event at the 1st, 2nd, 4th … such step; no gradient at all is none."""
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     agent = gradwatch.Agent(optimizer, store=(sink := MemorySink()), metrics_port=None)
@@ -232,7 +234,10 @@ def test_a_dead_gradient_is_noted_once_a_streak():
             optimizer.zero_grad()
         optimizer.step()
     assert agent.flush()
-    assert [(e.kind, e.step) for e in sink.events] == [("dead_gradient", 1), ("dead_gradient", 5)]
+    assert [(e.step, e.message) for e in sink.events if e.kind == "dead_gradient"] == [
+        (1, "every gradient is exactly 0"),
+        (2, "every gradient is exactly 0; it was so in each of the last 2 steps"),
+    ]
     assert [r.pre_norm == 0 for r in sink.steps] == [False, True, True, False, False, True]
 
 
