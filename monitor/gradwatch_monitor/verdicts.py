@@ -72,9 +72,10 @@ def unknown(seen: Evidence) -> Judgement | None:
 
 def over(seen: Evidence) -> str:
     """What the share that was clipped is of."""
+    of = "" if seen.since.finite == seen.since.steps else ", of those with a finite gradient norm"
     if seen.history.changed_at > seen.start.steps:
-        return f"in the {seen.since.steps:,} steps since the last change"
-    return "after the first fifth of the run"
+        return f"in the {seen.since.steps:,} steps since the last change{of}"
+    return f"after the first fifth of the run{of}"
 
 
 def _faults(seen: Evidence) -> Judgement | None:
