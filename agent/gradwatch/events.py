@@ -8,7 +8,7 @@ import math
 import struct
 from array import array
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gradwatch.cells import document, lenient_json, real, whole
 from gradwatch.records import Event, LayerNorms
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from gradwatch.records import Skip, ThresholdChange
 
 __all__ = [
+    "BadGradient",
     "LossSpikes",
     "NormSpikes",
     "Repeats",
@@ -155,59 +156,70 @@ class LossSpikes:
         self._squares += sign * offset * offset
 
 
-def nonfinite_gradient(
-    step: int,
-    time: float,
-    ranks: Sequence[int],
-    faults: Mapping[str, str],
-    tensors: int,
-    *,
-    skipped: bool,
-    modified: bool = False,
-    weights: bool | None = False,
-    repeats: Repeats | None = None,
-) -> Event:
-    """The gradient held NaN or inf. `faults`: parameter → nan | inf | nan+inf, in model order.
+class BadGradient(NamedTuple):
+    """What is known of a gradient that held NaN or inf.
 
-    `ranks` are those whose part of the gradient shows it, where that is known.
+    `faults`: parameter → nan | inf | nan+inf, in model order; `places` are theirs in the model.
+    `ranks` are those whose part of the gradient shows it, where that is known. `weights`: whether
+    weights were not finite before the step, None where they could not be looked at. `complete`:
+    whether no parameter of the model comes after those that were measured.
+    """
+
+    faults: Mapping[str, str]
+    places: Sequence[float]
+    tensors: int
+    ranks: Sequence[int]
+    skipped: bool
+    modified: bool
+    weights: bool | None
+    complete: bool
+    whose: str = ""  # which of several optimizers have such gradients, as a part of a sentence
+
+    @classmethod
+    def joined(cls, parts: Sequence[BadGradient], finite: int, optimizers: int) -> BadGradient:
+        """Of these of so many optimizers of one model; the others have as many finite tensors."""
+        faults = [item for part in parts for item in part.faults.items()]
+        places = [place for part in parts for place in part.places]
+        order = sorted(range(len(faults)), key=places.__getitem__)
+        known = [part.weights for part in parts]
+        return cls(
+            dict(faults[i] for i in order),
+            [places[i] for i in order],
+            sum(part.tensors for part in parts) + finite,
+            sorted({rank for part in parts for rank in part.ranks}),
+            all(part.skipped for part in parts),
+            any(part.modified for part in parts),
+            True if True in known else None if None in known else False,
+            any(part.complete for part in parts),
+            f"of {len(parts)} of {optimizers} optimizers " if len(parts) < optimizers else "",
+        )
+
+
+def nonfinite_gradient(
+    step: int, time: float, bad: BadGradient, repeats: Repeats | None = None
+) -> Event:
+    """The gradient held NaN or inf.
 
     Gradients flow backwards: what is non-finite at one layer makes the layers before it
     non-finite and leaves those after it finite. So it entered at the last non-finite parameter;
-    where all are non-finite, it came from the forward pass or the loss. Neither can be told of
-    gradients that were `modified` in place, and of weights that were not finite before; `weights`
-    is None where they could not be looked at. `repeats` has counted this step and those before it.
+    where all are non-finite, it came from the forward pass, the loss, or a later layer that was not
+    measured. Neither can be told of gradients that were modified in place, and of weights that were
+    not finite before. `repeats` has counted this step and those before it.
     """
-    names = list(faults)
-    kinds = {kind for fault in faults.values() for kind in fault.split("+")}
+    names = list(bad.faults)
+    kinds = {kind for fault in bad.faults.values() for kind in fault.split("+")}
     what = " and ".join(k for k in ("NaN", "inf") if k.lower() in kinds)
-    every = len(names) == tensors
-    entered = (
-        "weights" if weights else "unknown" if modified else "forward" if every else "backward"
-    )
-    # A single bad gradient is where it entered, whatever came before.
-    origin = names[-1] if not every and not weights and (not modified or len(names) == 1) else None
-    if weights:
-        why = "weights were NaN or inf before the forward pass"
-    elif origin is not None:
-        why = f"it entered at {origin}"
-    elif modified:
-        why = (
-            "where it entered is not known: gradients were written to after they were made (added up "
-            "over several backward passes, or changed in place before step())"
+    entered, origin, why = _cause(bad, names)
+    if len(names) == bad.tensors:
+        where = (
+            f"all {bad.tensors} parameters ({names[0]} … {names[-1]})" if names[1:] else names[0]
         )
-    elif weights is None:
-        why = "it came from the weights, the forward pass or the loss"
-    else:
-        why = "it came from the forward pass or the loss"
-    if every:
-        those = f"all {tensors} parameters ({names[0]} … {names[-1]})" if tensors > 1 else names[0]
-        where = f"{those}; {why}"
     else:
         listed = ", ".join(names[:_NAMED]) + (
             f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         )
-        where = f"{len(names)} of {tensors} parameters ({listed}); {why}"
-    outcome = "the step was skipped" if skipped else "the step was not skipped"
+        where = f"{len(names)} of {bad.tensors} parameters ({listed})"
+    outcome = f"the step {bad.whose}was{'' if bad.skipped else ' not'} skipped"
     if repeats is not None:
         outcome += repeats.said("the gradient was not finite")
     return Event(
@@ -215,18 +227,39 @@ def nonfinite_gradient(
         step,
         time,
         "critical",
-        f"{what} in the gradient of {where}; {outcome}",
+        f"{what} in the gradient of {where}; {why}; {outcome}",
         {
-            "parameters": dict(faults),
+            "parameters": dict(bad.faults),
             "origin": origin,
             "entered": entered,
-            "tensors": tensors,
-            "skipped": skipped,
-            "ranks": list(ranks),
+            "tensors": bad.tensors,
+            "skipped": bad.skipped,
+            "ranks": list(bad.ranks),
             **(repeats.data if repeats is not None else {}),
         },
-        ranks[0] if len(ranks) == 1 else None,
+        bad.ranks[0] if len(bad.ranks) == 1 else None,
     )
+
+
+def _cause(bad: BadGradient, names: Sequence[str]) -> tuple[str, str | None, str]:
+    """Where NaN or inf entered, as a word and by its parameter if it is known, and in words."""
+    every = len(names) == bad.tensors
+    whence = "the forward pass or the loss"
+    if not bad.complete:
+        whence = "the forward pass, the loss or a later layer that is not trained here"
+    if bad.weights:
+        return "weights", None, "weights were NaN or inf before the forward pass"
+    # A single bad gradient is where it entered, whatever came before.
+    if not every and (not bad.modified or len(names) == 1):
+        entered = "unknown" if bad.modified else "backward"
+        return entered, names[-1], f"it entered at {names[-1]}"
+    if bad.modified:
+        return "unknown", None, (
+            "where it entered is not known: gradients were written to after they were made (added up "
+            "over several backward passes, or changed in place before step())"
+        )  # fmt: skip
+    entered = "forward" if bad.complete else "outside"
+    return entered, None, f"it came from {'the weights, ' if bad.weights is None else ''}{whence}"
 
 
 def nonfinite_weights(step: int, time: float, rank: int, bad: Sequence[str], tensors: int) -> Event:
@@ -263,7 +296,7 @@ class Repeats:
 
     def told(self, step: int) -> bool:
         """Count this step, which has the fault, and say whether to tell it."""
-        if step != self._last:
+        if step > self._last:
             apart = step - self._last
             if apart > self.APART:
                 self.count = self.within = 0

@@ -19,10 +19,16 @@ __all__ = ["Named", "ParameterNames"]
 
 
 class Named(NamedTuple):
-    """What some parameters are called, and their positions in the model's order."""
+    """What some parameters are called, and their positions in the model's order.
+
+    `places` are those of the parameters among all of the model, infinite where that is not known;
+    `complete` is whether none of the model's parameters comes after all of these.
+    """
 
     names: list[str]
     order: list[int]
+    places: list[float]
+    complete: bool
 
 
 class _Known(NamedTuple):
@@ -30,7 +36,7 @@ class _Known(NamedTuple):
 
     ref: weakref.ref[Tensor]
     name: str
-    place: int
+    place: float
     given: str | None  # by the optimizer, when it was named
 
 
@@ -46,6 +52,7 @@ class ParameterNames:
         self._model = weakref.ref(model) if model is not None else None
         self._known: dict[int, _Known] = {}  # what the optimizer listed when it was looked at last
         self._past: dict[int, _Known] = {}  # what it listed before, as far as it still exists
+        self._last = math.inf  # the place of the model's last parameter
 
     def of(self, params: Sequence[Tensor], optimizer: Optimizer | None) -> list[str]:
         """The name of each parameter.
@@ -64,7 +71,8 @@ class ParameterNames:
             found = [_find(self._known, p) or _find(self._past, p) for p in params]
         names = [f"parameter{i}" if one is None else one.name for i, one in enumerate(found)]
         places = [math.inf if one is None else one.place for one in found]
-        return Named(names, sorted(range(len(found)), key=places.__getitem__))
+        order = sorted(range(len(found)), key=places.__getitem__)
+        return Named(names, order, places, max(places, default=-1) == self._last < math.inf)
 
     def _learn(self, optimizer: Optimizer) -> None:
         """Name what the optimizer lists now; what had a name keeps it."""
@@ -93,14 +101,15 @@ class ParameterNames:
                     taken.add(name)
         # Parameters the model does not know keep the optimizer's order, after its own.
         places = {key: place for place, key in enumerate(in_model)}
+        self._last = len(in_model) - 1 if in_model else math.inf
         self._known = {
             id(p): _Known(
                 weakref.ref(p),
                 names[id(p)],
-                places.get(id(p), len(places) + i),
+                places.get(id(p), math.inf),
                 given.get(id(p)),
             )
-            for i, p in enumerate(params)
+            for p in params
         }
 
     def _given(self, group: dict[str, Any]) -> dict[int, str]:

@@ -7,9 +7,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from gradwatch import events
+from gradwatch.events import BadGradient
 from gradwatch.listing import Listing, every
 from gradwatch.norms import fault
 from gradwatch.shards import Shards
+from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,6 +28,7 @@ __all__ = ["Notices"]
 
 _SAMPLE_AT_LEAST = 100  # steps between two samples of the layer norms,
 _SAMPLE_PER_TENSOR = 10  # or this many a tensor, so that a sample stays cheap to store
+_NO_END = 50  # steps in a row with a gradient that is not finite
 _EARLY = frozenset({100, 200})  # steps sampled in any case: what is wrong from the start shows
 
 
@@ -45,11 +48,15 @@ class Notices:
         self._asked_for = layer_norms_every
         self._seldom = _SAMPLE_AT_LEAST  # steps between two samples of the weights
         self.every = 0  # steps between two samples; 0 until the parameters are named
+        self.bad_gradients = events.Repeats()
+        # Of a run of several optimizers, what is known of the bad gradients of this one, by step.
+        self.to_join: dict[int, BadGradient] | None = None
+        self._bad_from = self._bad_until = -2  # the last steps in a row whose gradient was bad
         self._norm_spikes = events.NormSpikes()
         self._loss_spikes = events.LossSpikes()
         self._bad_losses = events.Repeats()
         self._overflows = events.Repeats()
-        self._dead = events.Repeats()
+        self._zeros = events.Repeats()
 
     def number(self, step: int, timeout: float = 0.0) -> int:
         """A step's number in the run, for who reads it; in this process where that is not known."""
@@ -60,31 +67,55 @@ class Notices:
         origin = self.origin(timeout)
         return f"step {step} of this process" if origin is None else f"step {step + origin}"
 
-    def faults(self, step: OpenStep, optimizer: Optimizer | None) -> dict[str, str]:
-        """The non-finite gradients in model order: parameter → nan, inf or nan+inf."""
+    def bad(
+        self,
+        step: OpenStep,
+        optimizer: Optimizer | None,
+        *,
+        skipped: bool,
+        modified: bool,
+        weights: bool | None,
+    ) -> BadGradient:
+        """What is known of a gradient with NaN or inf. After an all-reduce nobody knows whose it was."""
         measured = step.measured
         grads = [g for m in measured for g in m.grads]  # none where the step is over
         norms = [n for m in measured for n in m.tensor_norms]
         named = step.named
         if named is None:
             named = self._names.named([p for m in measured for p in m.params], optimizer)
-        found: dict[str, str] = {}
-        for i in named.order:
-            if not math.isfinite(norms[i]):
-                # Where another rank holds it, or nobody any more, its norm alone tells.
-                seen = fault(grads[i]) if grads else None
-                found[named.names[i]] = seen or ("nan" if math.isnan(norms[i]) else "inf")
-        return found
+        spoilt = [i for i in named.order if not math.isfinite(norms[i])]
+        faults = {}
+        for i in spoilt:
+            # Where another rank holds it, or nobody any more, its norm alone tells.
+            seen = fault(grads[i]) if grads else None
+            faults[named.names[i]] = seen or ("nan" if math.isnan(norms[i]) else "inf")
+        ranks = [self.rank] if self.alone else []
+        shards = Shards.of(grads)
+        if shards is not None:
+            ranks = shards.ranks_with(any(fault(g) is not None for g in grads))
+        return BadGradient(
+            faults, [named.places[i] for i in spoilt], len(norms), ranks,
+            skipped=skipped, modified=modified, weights=weights, complete=named.complete,
+        )  # fmt: skip
 
     def gradient(
         self, step: int, time: float, norm: float, measured: Sequence[Measurement]
     ) -> Event | None:
         """What a finite gradient norm shows: a spike, or that it is 0."""
+        if self.to_join is not None:
+            return None
         if norm == 0.0:
-            if not self._dead.told(step):
-                return None
-            tensors = sum(len(m.params) for m in measured)
-            return events.dead_gradient(step, time, self.rank, tensors, self._dead)
+            return self.zero(step, time, sum(len(m.params) for m in measured))
+        return self.spike(step, time, norm)
+
+    def zero(self, step: int, time: float, tensors: int) -> Event | None:
+        """A gradient that is exactly 0, of so many tensors."""
+        if not self._zeros.told(step):
+            return None
+        return events.dead_gradient(step, time, self.rank, tensors, self._zeros)
+
+    def spike(self, step: int, time: float, norm: float) -> Event | None:
+        """A norm that stands out, if this one does."""
         median = self._norm_spikes.observe(norm)
         if median is None:
             return None
@@ -103,30 +134,24 @@ class Notices:
             return None
         return events.loss_spike(step, time, self.rank, loss, *spike)
 
-    def nonfinite(
-        self,
-        step: int,
-        time: float,
-        faults: dict[str, str],
-        measured: Sequence[Measurement],
-        *,
-        skipped: bool,
-        modified: bool,
-        weights: bool | None,
-        repeats: events.Repeats,
-    ) -> Event:
-        """A gradient with NaN or inf. After an all-reduce nobody knows whose it was."""
-        grads = [g for m in measured for g in m.grads]
-        ranks = [self.rank] if self.alone else []
-        shards = Shards.of(grads)
-        if shards is not None:
-            ranks = shards.ranks_with(any(fault(g) is not None for g in grads))
-        tensors = sum(len(m.params) for m in measured)
-        event = events.nonfinite_gradient(
-            step, time, ranks, faults, tensors,
-            skipped=skipped, modified=modified, weights=weights, repeats=repeats,
-        )  # fmt: skip
-        return self._of_rank(event)
+    def nonfinite(self, step: int, time: float, bad: BadGradient) -> Event:
+        """A gradient with NaN or inf."""
+        return self._of_rank(events.nonfinite_gradient(step, time, bad, self.bad_gradients))
+
+    def warn(self, step: int, message: str, *, skipped: bool) -> None:
+        """In the job's own log: the first gradient with NaN or inf, and when there is no end to them."""
+        if self._bad_until < 0:
+            called = self.called(step)
+            logger.warning("gradwatch: %s: %s; further ones are on record", called, message)
+        if step != self._bad_until + 1:
+            self._bad_from = step
+        self._bad_until = step
+        if step - self._bad_from + 1 == _NO_END:
+            outcome = "all skipped, nothing is learnt" if skipped else "applied"
+            logger.warning(
+                "gradwatch: %d steps in a row with NaN or inf in the gradient, %s: steps %d to %d",
+                _NO_END, outcome, self.number(self._bad_from), self.number(step),
+            )  # fmt: skip
 
     def weights(
         self, step: int, time: float, norms: Sequence[float], optimizer: Optimizer

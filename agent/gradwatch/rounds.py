@@ -14,8 +14,10 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from gradwatch.errors import RingError
-from gradwatch.events import encode_layers, encode_names, layers_of
+from gradwatch.events import BadGradient, encode_event, encode_layers, encode_names, layers_of
+from gradwatch.names import ParameterNames
 from gradwatch.norms import combine
+from gradwatch.notices import Notices
 from gradwatch.recorder import FLAGS
 from gradwatch.records import StepRecord
 from gradwatch.tape import NullTape
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from gradwatch.control import Control
     from gradwatch.hooks import StepHooks
     from gradwatch.recorder import NullRing, Ring
+    from gradwatch.records import Event
     from gradwatch.tape import Tape
 
 __all__ = ["Rounds"]
@@ -46,6 +49,11 @@ class Rounds:
         self._members = {one: _Member(self, one) for one in hooks}
         self._report = report
         self._norm_type = hooks[0].parts[0].policy.norm_type
+        # What is told of the gradients of all of them, as of one.
+        self._notices = Notices(ParameterNames(None), None)
+        for one in hooks:
+            one.notices.to_join = {}
+            one.notices.bad_gradients = self._notices.bad_gradients
         self._open: dict[int, dict[_Member, tuple[Any, ...]]] = {}  # records, by number
         self._layers: dict[int, dict[_Member, _Layers]] = {}  # samples, by number
         self._told: dict[str, int] = {}  # the last step of which such an event was told
@@ -119,7 +127,12 @@ class Rounds:
         for earlier in sorted(n for n in self._layers if n < number):
             self._write_layers(earlier)
         record = self._together(number, list(steps.values()))
+        event = self._event(record, steps)
+        if event is not None and event.kind == "grad_norm_spike":
+            record = (*record[:-1], record[-1] | FLAGS.NORM_SPIKE)
         self.tape.ring.append(*record)
+        if event is not None:
+            self._append(encode_event(event))
         step, time, _, *numbers, flags = record
         bits = (FLAGS.CLIPPED, FLAGS.NONFINITE, FLAGS.NONFINITE_LOSS, FLAGS.SKIPPED)
         self.last = StepRecord(step, time, *numbers, *(bool(flags & bit) for bit in bits))
@@ -141,10 +154,43 @@ class Rounds:
         payload = encode_layers(
             number, grads, weights if known else None, encode_names(names) if renamed else None
         )
+        self._append(payload)
+
+    def _append(self, payload: bytes) -> None:
         try:
             self.tape.ring.append_event(payload)
         except RingError as error:
             self._report("event", f"an event is not on record: {error}")
+
+    def _event(
+        self, record: tuple[Any, ...], steps: dict[_Member, tuple[Any, ...]]
+    ) -> Event | None:
+        """What the gradients of all optimizers in a round show together."""
+        number, time, *_, norm, _, _, _, flags = record
+        notices, first = self._notices, next(iter(self._members)).notices
+        notices.rank, notices.alone, notices.origin = first.rank, first.alone, first.origin
+        bad: list[BadGradient] = []
+        finite = 0
+        for member, (local, *_, its) in steps.items():
+            found = (member.hooks.notices.to_join or {}).pop(local, None)
+            if found is not None and its & FLAGS.NONFINITE:
+                bad.append(found)
+            elif not its & FLAGS.NO_GRADIENT:
+                finite += len(member.hooks.notices.introduced)
+        if flags & FLAGS.NONFINITE:
+            event = None
+            if bad:
+                event = notices.nonfinite(number, time, BadGradient.joined(bad, finite, len(steps)))
+            if notices.rank == 0:
+                notices.warn(
+                    number,
+                    event.message if event is not None else "",
+                    skipped=bool(flags & FLAGS.SKIPPED),
+                )
+            return event
+        if not math.isfinite(norm):
+            return None
+        return notices.spike(number, time, norm) if norm else notices.zero(number, time, finite)
 
     def _together(self, number: int, steps: list[tuple[Any, ...]]) -> tuple[Any, ...]:
         """One record of several: `(step, time, monotonic, loss, lr, …, flags)` as `Ring.append` has it."""

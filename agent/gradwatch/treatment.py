@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from gradwatch.afterwards import Afterwards
 from gradwatch.control import replaced
 from gradwatch.errors import NonFiniteGradientError
-from gradwatch.events import Repeats, encode_event
+from gradwatch.events import encode_event
 from gradwatch.listing import Listing, every
 from gradwatch.norms import combine, tensor_norms
 from gradwatch.part import Part
@@ -20,7 +20,6 @@ from gradwatch.policies import SkipSpikes
 from gradwatch.recorder import FLAGS
 from gradwatch.records import Scale, Skip
 from gradwatch.scaling import CLIP_EPSILON, DIVISOR_LIMIT
-from gradwatch.troubles import logger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -38,7 +37,6 @@ __all__ = ["OnNonFinite", "OpenStep", "Treatment"]
 OnNonFinite = Literal["skip", "raise", "ignore"]
 _nan = math.nan
 _SAY_SECONDS = 1.0  # how long an error waits to be told the step's number in the run
-_NO_END = 50  # steps in a row with a gradient that is not finite
 # The exporter counts these by the record, without reading the events.
 _FLAG_OF_EVENT = {"grad_norm_spike": FLAGS.NORM_SPIKE}
 
@@ -89,9 +87,6 @@ class Treatment:
         self.by_group = parts[0].group is not None
         self._listing = Listing()  # of all parts together
         self.afterwards = Afterwards()
-        # The last steps in a row whose gradient was not finite.
-        self._bad_from = self._bad_until = -2
-        self._bad = Repeats()
         self._weights_told = False  # since they were finite last
         self.look_at_policies()
 
@@ -292,25 +287,29 @@ class Treatment:
         step.flags |= FLAGS.NONFINITE
         if skipped:
             step.flags |= FLAGS.SKIPPED
-        if not self._bad.told(step.number) and self.on_nonfinite != "raise":
+        notices = self.notices
+        if not notices.bad_gradients.told(step.number) and self.on_nonfinite != "raise":
             self._warn_of(step, "", by_hand=by_hand)
             return None
-        faults = self.notices.faults(step, optimizer)
-        event = self.notices.nonfinite(
-            step.number, step.time, faults, step.measured,
+        bad = notices.bad(
+            step,
+            optimizer,
             skipped=skipped,
             modified=self._is_modified(step),
             weights=self._weights_are_bad(optimizer, step),
-            repeats=self._bad,
-        )  # fmt: skip
+        )
+        event = notices.nonfinite(step.number, step.time, bad)
         if self.on_nonfinite == "raise":
-            called = self.notices.called(step.number, _SAY_SECONDS)
-            number = self.notices.number(step.number)
+            called = notices.called(step.number, _SAY_SECONDS)
+            number = notices.number(step.number)
             step.error = NonFiniteGradientError(
-                f"{called}: {event.message}", step=number, parameters=faults
+                f"{called}: {event.message}", step=number, parameters=dict(bad.faults)
             )
         else:
             self._warn_of(step, event.message, by_hand=by_hand)
+        if notices.to_join is not None:
+            notices.to_join[step.number] = bad
+            return None
         return event
 
     def _weights_are_bad(self, optimizer: Optimizer | None, step: OpenStep) -> bool | None:
@@ -340,7 +339,7 @@ class Treatment:
 
     def _warn_of(self, step: OpenStep, message: str, *, by_hand: bool) -> None:
         """Say it in the job's log, once it is known that it is no overflow under a GradScaler."""
-        if self.notices.rank == 0:
+        if self.notices.rank == 0 and self.notices.to_join is None:
             step.warning = message
             if not by_hand:
                 self.warn(step)
@@ -348,23 +347,8 @@ class Treatment:
     def warn(self, step: OpenStep) -> None:
         """Say in the job's log what `clip()` has seen of this step."""
         if step.warning is not None:
-            self._warn(step.number, step.warning)
+            self.notices.warn(step.number, step.warning, skipped=self.on_nonfinite == "skip")
             step.warning = None
-
-    def _warn(self, number: int, message: str) -> None:
-        """In the job's own log: the first such step, and when there is no end to them."""
-        if self._bad_until < 0:
-            called = self.notices.called(number)
-            logger.warning("gradwatch: %s: %s; further ones are on record", called, message)
-        if number != self._bad_until + 1:
-            self._bad_from = number
-        self._bad_until = number
-        if number - self._bad_from + 1 == _NO_END:
-            outcome = "all skipped, nothing is learnt" if self.on_nonfinite == "skip" else "applied"
-            logger.warning(
-                "gradwatch: %d steps in a row with NaN or inf in the gradient, %s: steps %d to %d",
-                _NO_END, outcome, self.notices.number(self._bad_from), self.notices.number(number),
-            )  # fmt: skip
 
     def skip(self, step: OpenStep) -> None:
         """Hide what was measured, so that the step is not applied."""
@@ -376,7 +360,7 @@ class Treatment:
         step.pre_norm = step.post_norm = _nan
         step.flags = FLAGS.SKIPPED | FLAGS.AMP_OVERFLOW
         step.warning = None
-        self._bad.take_back(step.number)
+        self.notices.bad_gradients.take_back(step.number)
         event = self.notices.overflow(step.number, step.time, step.loss_scale)
         step.messages = [] if event is None else [encode_event(event)]
 

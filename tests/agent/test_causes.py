@@ -44,6 +44,20 @@ def test_the_origin_is_not_known_of_gradients_that_the_loop_changed():
     agent.close()
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["model given", "no model"])
+def test_a_nan_may_come_from_a_layer_that_the_optimizer_does_not_have(known):
+    """An optimizer of the first layers alone: what comes after them may be the loss or a layer."""
+    model = mlp()
+    optimizer = torch.optim.SGD(model[:2].parameters(), lr=0.1)
+    agent, sink = watched(optimizer, model=model if known else None)
+    backward(model, factor=math.nan)
+    optimizer.step()
+    agent.close()
+    (event,) = of_kind(sink, "nonfinite_gradient")
+    assert (event.data["entered"], event.data["origin"]) == ("outside", None)
+    assert "; it came from the forward pass, the loss or a later layer that is not" in event.message
+
+
 @pytest.mark.parametrize("on_nonfinite", ["skip", "ignore"])
 def test_weights_that_the_optimizer_made_nan_are_told(on_nonfinite):
     """Adam with eps=0 divides 0 by 0 where a gradient is 0: the event names the parameter."""

@@ -116,6 +116,79 @@ def test_a_nan_in_one_of_them_is_on_record_and_only_that_one_is_left_out():
     assert list(event.data["parameters"]) == ["1.weight"]
 
 
+class _Poison(torch.autograd.Function):
+    """Finite forwards, NaN backwards."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * math.nan
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["in order", "in the backward pass"])
+@pytest.mark.parametrize("behind", [None, 1, 3], ids=["loss", "layer 1", "layer 3"])
+def test_a_nan_is_told_once_with_where_it_entered_the_model(behind, backwards, caplog):
+    """No optimizer sees more than its layer: all of them together show where the NaN comes from."""
+    net = deep(5)
+    optimizers = one_a_layer(net)
+    agent, sink = watched(optimizers, model=net, clip=ClipNorm(1e6))
+    if backwards:
+        step_in_backward(net, optimizers)
+    for number in range(21):
+        net.zero_grad()
+        x = torch.ones(4, 8)
+        for i, layer in enumerate(net):
+            x = layer(x)
+            if number and i == behind:
+                x = _Poison.apply(x)
+        (x.square().mean() * (math.nan if number and behind is None else 1.0)).backward()
+        if not backwards:
+            for optimizer in optimizers:
+                optimizer.step()
+    agent.close()
+    assert [r.nonfinite for r in sink.steps] == [False] + [True] * 20
+    told = [e for e in sink.events if e.kind == "nonfinite_gradient"]
+    assert [e.step for e in told] == [1, 2, 4, 8, 16]
+    spoilt = range(5 if behind is None else behind + 1)
+    expected = [f"{i}.{name}" for i in spoilt for name in ("weight", "bias")]
+    for event in told:
+        assert list(event.data["parameters"]) == expected
+        assert event.data["tensors"] == 10
+        assert event.data["origin"] == (None if behind is None else expected[-1])
+        assert event.data["entered"] == ("forward" if behind is None else "backward")
+    whose = "" if behind is None else f"of {behind + 1} of 5 optimizers "
+    assert f"; the step {whose}was skipped" in told[0].message
+    assert caplog.text.count("NaN in the gradient") == 1
+    assert told[0].message in caplog.text
+
+
+def test_a_spike_and_a_zero_are_of_the_whole_gradient():
+    """One event each, of the norm that is on record."""
+    net = deep(3)
+    optimizers = one_a_layer(net)
+    agent, sink = watched(optimizers, model=net, clip=ClipNorm(1e6))
+    for number in range(60):
+        for i, param in enumerate(net.parameters()):
+            generator = torch.Generator().manual_seed(100 * number + i)
+            scale = {50: 100.0, 55: 0.0}.get(number, 1.0)
+            param.grad = scale * torch.randn(param.shape, generator=generator)
+            if number == 40 and i < 2:
+                param.grad.zero_()  # one layer of three
+        for optimizer in optimizers:
+            optimizer.step()
+    agent.close()
+    assert [(e.kind, e.step) for e in sink.events] == [
+        ("grad_norm_spike", 50),
+        ("dead_gradient", 55),
+    ]
+    spike, zero = sink.events
+    assert spike.data["norm"] == sink.steps[50].pre_norm
+    assert zero.data["tensors"] == 6
+
+
 def test_layers_are_named_and_measured_as_in_the_model():
     """A sample has every parameter of the model, from whichever optimizer."""
     net = deep(5)

@@ -226,7 +226,9 @@ def test_a_loop_that_leaves_backward_out_now_and_then_is_healthy(run):
         made, frame = recommend(store, 1), store.steps(1)
     late = frame[50:]
     assert made.current_clip_ratio == late.clipped.sum() / late.pre_norm.notna().sum()
-    assert "after the first fifth of the run, of those with a finite gradient norm; " in made.sentence
+    assert (
+        "after the first fifth of the run, of those with a finite gradient norm; " in made.sentence
+    )
 
 
 def test_where_the_steps_without_a_norm_lie_does_not_make_the_ratio_move():
