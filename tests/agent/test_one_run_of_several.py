@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 import gradwatch
 from gradwatch import Agent, ClipNorm, NotWrappedError
 from gradwatch.errors import AlreadyWrappedError, ConfigurationError
+from gradwatch.recorder import FLAGS
 
 LAYERS = 40
 
@@ -179,6 +180,8 @@ def test_a_spike_and_a_zero_are_of_the_whole_gradient():
                 param.grad.zero_()  # one layer of three
         for optimizer in optimizers:
             optimizer.step()
+    flags = agent._recording.channel.ring.read_steps(0, 60).records["flags"]
+    assert (flags & FLAGS.NORM_SPIKE).nonzero()[0].tolist() == [50]  # what the exporter counts
     agent.close()
     assert [(e.kind, e.step) for e in sink.events] == [
         ("grad_norm_spike", 50),
