@@ -103,6 +103,24 @@ def test_on_postgresql(start, postgres_server):
     shows(postgres_server.query(url, "SELECT step, pre_norm FROM steps ORDER BY step"), jobs)
 
 
+def test_postgresql_is_down_at_the_first_step(start, postgres_server):
+    """Of the second job: what it has recorded meanwhile follows the first one's steps."""
+    url = postgres_server.new_database()
+    first = start(url, seed=0, **SELDOM)
+    first.go_on(50)
+    kill(first)
+    postgres_server.stop()
+    second = start(url, seed=1, **ID)
+    second.is_told("is the server up, and the URL right?")
+    second.go_on(50)
+    postgres_server.start()
+    second.is_told("takes records again")
+    second.go_on(50)
+    second.end()
+    rows = postgres_server.query(url, "SELECT step, pre_norm FROM steps ORDER BY step")
+    shows(rows, [first, second])
+
+
 def test_a_job_that_is_over_before_the_other_is_stored(start):
     """It ends within a moment of its first step, and takes the time to store both."""
     first = start(seed=1, **SELDOM)
