@@ -5,6 +5,7 @@ import sys
 import time
 
 import kills
+import numpy as np
 import pytest
 import torch
 from loops import mlp, train
@@ -193,6 +194,42 @@ def test_a_connection_does_not_cross_a_fork(url, query):
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
     assert query("SELECT count(*) FROM steps") == [(20,)]
+
+
+def test_a_server_that_is_slower_than_the_job_is_sent_one_step_in_several(
+    postgres_server, url, query
+):
+    """Evenly, without a full ring, and as many as SQL misses are counted."""
+    agent, _, _ = started(url, "fast", ring_steps=16_384)
+    with postgres_server.connect(url.rpartition("/")[2]) as connection:
+        connection.execute(
+            "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$BEGIN PERFORM pg_sleep(0.25); RETURN NULL; END$$"
+        )
+        connection.execute(
+            "CREATE TRIGGER slow AFTER INSERT ON step_records FOR EACH STATEMENT "
+            "EXECUTE FUNCTION slow()"
+        )
+    ring, steps = agent._recording.channel.ring, 120_000
+    begun = time.monotonic()
+    for step in range(10, steps):
+        ring.append(step, time.time(), step / 1e3, 1.0, 0.1, 1.0, 1.0, 1.0, 1.0, 0)
+        while step % 250 == 0 and step > 25_000 * (time.monotonic() - begun):
+            time.sleep(0.001)
+    agent.close()
+    stored = np.array(query("SELECT step FROM steps ORDER BY step"), dtype=int).ravel()
+    assert agent._recording.channel.dropped() == {"thinned": steps - len(stored)}
+    assert len(stored) < 0.8 * steps
+    assert stored[-100:].tolist() == list(range(steps - 100, steps))
+    told = [
+        e["thinned"] for (e,) in query("SELECT data FROM events WHERE kind = 'records_dropped'")
+    ]
+    assert sum(told) == steps - len(stored)
+    # One of each so many steps in a row: no gap is wider than two such groups.
+    (every,) = query(
+        "SELECT max((data->>'every')::int) FROM events WHERE kind = 'records_dropped'"
+    )[0]
+    assert np.diff(stored).max() < 2 * every
 
 
 # -- jobs that are killed ----------------------------------------------------------------------
