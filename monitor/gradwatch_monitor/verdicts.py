@@ -72,10 +72,13 @@ def unknown(seen: Evidence) -> Judgement | None:
 
 def over(seen: Evidence) -> str:
     """What the share that was clipped is of."""
-    of = "" if seen.since.finite == seen.since.steps else ", of those with a finite gradient norm"
+    since, without = seen.since, ""
+    ratio = since.clip_ratio or 0.0
+    if round(100 * ratio) != round(100 * ratio * since.finite / max(since.steps, 1)):
+        without = ", not counting those without a finite gradient norm"
     if seen.history.changed_at > seen.start.steps:
-        return f"in the {seen.since.steps:,} steps since the last change{of}"
-    return f"after the first fifth of the run{of}"
+        return f"in the {since.steps:,} steps since the last change{without}"
+    return f"after the first fifth of the run{without}"
 
 
 def _faults(seen: Evidence) -> Judgement | None:

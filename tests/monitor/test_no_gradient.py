@@ -18,6 +18,7 @@ from gradwatch_monitor import Store, diagnose, recommend
 from gradwatch_monitor.diagnose import signs
 from gradwatch_monitor.evidence import Evidence
 from gradwatch_monitor.history import History
+from gradwatch_monitor.recommend import recommend_from
 
 ABSENT = "pre_norm IS NULL AND NOT nonfinite AND NOT skipped"
 # Flags, norm and loss scale of each kind of step, as the agent records them.
@@ -226,9 +227,16 @@ def test_a_loop_that_leaves_backward_out_now_and_then_is_healthy(run):
         made, frame = recommend(store, 1), store.steps(1)
     late = frame[50:]
     assert made.current_clip_ratio == late.clipped.sum() / late.pre_norm.notna().sum()
-    assert (
-        "after the first fifth of the run, of those with a finite gradient norm; " in made.sentence
-    )
+
+
+def test_the_sentence_says_of_which_steps_the_ratio_is():
+    """Where it would be another one of all steps, and not where that does not show."""
+    norms = np.tile([0.5, 2.0, np.nan, np.nan], 300)
+    told = recommend_from(history(norms, threshold=1.0)).sentence
+    assert "50 % of steps at 1 after the first fifth of the run, not counting those without" in told
+    norms = np.tile([0.5, 2.0], 600)
+    norms[700] = np.nan
+    assert "not counting" not in recommend_from(history(norms, threshold=1.0)).sentence
 
 
 def test_where_the_steps_without_a_norm_lie_does_not_make_the_ratio_move():
