@@ -54,7 +54,7 @@ _COLUMNS = (
 POINTS = 1500  # of a line, at most; bands have three values each, and are a third as many
 _SHARE = 0.01  # of a band's steps with NaN or inf, from which on it is drawn
 _DRAWN = tuple(name for name in _COLUMNS if name not in {"time", "skipped"})
-_DETAILED = 100_000  # steps of a run that is drawn from all of them, not from its blocks
+_DETAILED = 50_000  # steps of a run that is drawn from all of them, not from its blocks
 _STRETCH = 10  # steps in a row with NaN or inf, from which on they are drawn as one
 MARKS_AT_MOST = 200  # of a kind
 

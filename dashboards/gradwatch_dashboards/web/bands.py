@@ -69,26 +69,28 @@ def layers(
     area = (
         alt.Chart(ranges)
         .mark_area(opacity=0.25, **steps)
-        .encode(x=x, y=at("greatest"), y2="least:Q", color=colour, detail="kind:N")
+        .encode(
+            x=x, y=at("greatest"), y2=alt.Y2("least:Q"), color=colour, detail=alt.Detail("kind:N")
+        )
     )
     # An outline: the one spike of a hundred thousand steps is a pixel wide.
     edges = [
         alt.Chart(ranges)
         .mark_line(strokeWidth=0.6, opacity=0.6, **steps)
-        .encode(x=x, y=at(end), color=colour, detail="kind:N")
+        .encode(x=x, y=at(end), color=colour, detail=alt.Detail("kind:N"))
         for end in ("greatest", "least")
     ]
     ends = bands.assign(step=bands["to"] - 1)[["step", "kind", "last"]]
     last = (
         alt.Chart(ends)
         .mark_line(strokeWidth=0.7, opacity=0.8, clip=True)
-        .encode(x=x, y=at("last"), color=colour, detail="kind:N")
+        .encode(x=x, y=at("last"), color=colour, detail=alt.Detail("kind:N"))
     )
     drawn = []
     for dash, kept in (([1, 0], means["kind"] != dashed), ([6, 4], means["kind"] == dashed)):
         if kept.any():
             line = alt.Chart(means[kept]).mark_line(strokeWidth=1.8, strokeDash=dash, **steps)
-            drawn.append(line.encode(x=x, y=at("mean"), color=colour, detail="kind:N"))
+            drawn.append(line.encode(x=x, y=at("mean"), color=colour, detail=alt.Detail("kind:N")))
     return [area, *edges, last, *drawn, hover(bands, x)]
 
 
@@ -110,6 +112,8 @@ def hover(bands: pd.DataFrame, x: alt.X) -> alt.Chart:
         if name not in {"step", "to"}
     ]
     chart: alt.Chart = (
-        alt.Chart(shown).mark_rect(opacity=0).encode(x=x, x2="to:Q", tooltip=[tips[-1], *tips[:-1]])
+        alt.Chart(shown)
+        .mark_rect(opacity=0)
+        .encode(x=x, x2=alt.X2("to:Q"), tooltip=[tips[-1], *tips[:-1]])
     )
     return chart

@@ -21,7 +21,7 @@ THRESHOLD, CLIPPED = "threshold", "clipped step"
 _NORM_COLOURS = {
     BEFORE: "#8da0b8",
     AFTER: "#1f6fb4",
-    THRESHOLD: "#222831",
+    THRESHOLD: "#808792",  # to be seen on white and on black
     CLIPPED: "#e8833a",
 }
 _NORMS = {"pre_norm": BEFORE, "post_norm": AFTER, "threshold": THRESHOLD}
@@ -49,10 +49,17 @@ MARKED = tuple(_EVENT_NAMES)  # kinds of events
 _APPLIED, _APPLIED_COLOUR = "threshold applied", "#12806a"
 _WIDE = 20.0  # times the least loss, from which on a loss is drawn on a log scale
 _CROWD = 40  # marks, above which they are drawn fainter: the lines are what matters
-_LEGEND = alt.Legend(
-    title=None, orient="top", direction="horizontal", symbolStrokeWidth=2, symbolOpacity=1,
-    labelLimit=400,
-)  # fmt: skip
+
+
+def _legend(narrow: int = 2) -> alt.Legend:
+    """A line of entries; where the chart is narrow, columns of them."""
+    return alt.Legend(
+        title=None, orient="top", direction="horizontal", symbolStrokeWidth=2, symbolOpacity=1,
+        labelLimit=400, columns=alt.ExprRef(f"width < 340 ? {narrow} : 0"),
+    )  # fmt: skip
+
+
+_LEGEND = _legend()
 
 
 def norms(
@@ -103,7 +110,7 @@ def _norm_lines(frame: pd.DataFrame, x: alt.X) -> list[alt.Chart]:
     line = (
         alt.Chart(plotted)
         .mark_line(strokeWidth=1.2, clip=True)
-        .encode(x=x, y=y, color=colour, detail="kind:N", tooltip=tips)
+        .encode(x=x, y=y, color=colour, detail=alt.Detail("kind:N"), tooltip=tips)
     )
     dots = _dots(lines, "norm").encode(x=x, y=y, color=colour, tooltip=tips)
     points = (
@@ -148,7 +155,7 @@ def clip_ratio(
     ratio, inside = f"clipped {over}", f"band {_percent(band)}"
     x = _step_axis(pd.DataFrame({"step": [0, last_step]}))
     scale = alt.Scale(domain=[ratio, inside], range=[_NORM_COLOURS[CLIPPED], "#bfe3c6"])
-    colour = alt.Color("kind:N", legend=_LEGEND, scale=scale)
+    colour = alt.Color("kind:N", legend=_legend(narrow=1), scale=scale)
     y_axis = alt.Axis(format=".0%", tickCount=5)
     area = pd.DataFrame(
         {"step": [0], "to": [last_step], "low": [band[0]], "high": [band[1]], "kind": [inside]}
@@ -156,24 +163,27 @@ def clip_ratio(
     back = (
         alt.Chart(area)
         .mark_rect(opacity=0.6)
-        .encode(x=x, x2="to:Q", y=alt.Y("low:Q", title="clip ratio"), y2="high:Q", color=colour)
+        .encode(
+            x=x,
+            x2=alt.X2("to:Q"),
+            y=alt.Y("low:Q", title="clip ratio"),
+            y2=alt.Y2("high:Q"),
+            color=colour,
+        )
     )
     drawn = frame.assign(kind=ratio)
     if banded:
         drawn = bands.stepped(drawn, "clip_ratio")
-    line = (
-        alt.Chart(drawn)
-        .mark_line(strokeWidth=1.6, interpolate="step-after" if banded else "linear", clip=True)
-        .encode(
-            x=x,
-            y=alt.Y(
-                "clip_ratio:Q", title="clip ratio", axis=y_axis, scale=alt.Scale(domain=[0, 1])
-            ),
-            color=colour,
-            tooltip=[alt.Tooltip("step:Q", format=","), alt.Tooltip("clip_ratio:Q", format=".1%")],
-        )
+    line = alt.Chart(drawn).mark_line(
+        strokeWidth=1.6, interpolate="step-after" if banded else "linear", clip=True
     )
-    return _layered(back, line, *_applied(changes, x), height=250)
+    y = alt.Y("clip_ratio:Q", title="clip ratio", axis=y_axis, scale=alt.Scale(domain=[0, 1]))
+    tips = [alt.Tooltip("step:Q", format=","), alt.Tooltip("clip_ratio:Q", format=".1%")]
+    shown = [
+        layer.encode(x=x, y=y, color=colour, tooltip=tips)
+        for layer in (line, _dots(drawn, "clip_ratio"))
+    ]
+    return _layered(back, *shown, *_applied(changes, x), height=250)
 
 
 def loss(
@@ -220,7 +230,7 @@ def _one(
     """The layers of a chart of one value: its bands, or a line with its dots."""
     colour = _NORM_COLOURS[AFTER]
     if bands.is_banded(frame):
-        return bands.layers(bands.tidy(frame, {name: name}, mean), x, y, alt.value(colour))
+        return bands.layers(bands.tidy(frame, {name: name}, mean), x, y, alt.ColorValue(colour))
     y = y.copy()
     y.shorthand = f"{name}:Q"
     tips = [alt.Tooltip("step:Q", format=","), alt.Tooltip(f"{name}:Q", format=".4g")]
@@ -254,7 +264,7 @@ def what_if(
     back = (
         alt.Chart(area)
         .mark_rect(opacity=0.6, color="#bfe3c6")
-        .encode(x=x, x2="to:Q", y=y, y2="low:Q")
+        .encode(x=x, x2=alt.X2("to:Q"), y=y, y2=alt.Y2("low:Q"))
     )
     line = (
         alt.Chart(curve)
@@ -301,7 +311,7 @@ def _areas(stretches: pd.DataFrame | None, x: alt.X) -> alt.Chart | None:
         .mark_rect(clip=True)
         .encode(
             x=x,
-            x2="to:Q",
+            x2=alt.X2("to:Q"),
             opacity=alt.Opacity("opacity:Q", scale=None, legend=None),
             fill=alt.Fill("event:N", legend=_LEGEND, scale=scale),
             tooltip=[
@@ -385,7 +395,8 @@ def _applied(changes: pd.DataFrame | None, x: alt.X) -> list[alt.Chart]:
     scale = alt.Scale(domain=[_APPLIED], range=[_APPLIED_COLOUR])
     rule = base.mark_rule(strokeWidth=1.6, color=_APPLIED_COLOUR)
     head = base.mark_point(shape="triangle-down", size=110, filled=True, opacity=1).encode(
-        y=alt.value(0), fill=alt.Fill("mark:N", legend=_LEGEND, scale=scale)
+        y=alt.YValue(0),  # type: ignore[no-untyped-call]
+        fill=alt.Fill("mark:N", legend=_LEGEND, scale=scale),
     )
     return [rule, head]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import streamlit as st
+from altair.utils import schemapi
 
 from gradwatch.errors import RunNotFoundError
 from gradwatch_dashboards.terminal import number
@@ -265,7 +266,8 @@ def page(run_id: int) -> None:
 
 def guarded(run_id: int) -> None:
     """The page; what goes wrong is told on it, and so is what the store holds that cannot be right."""
-    with telling():
+    # Altair would check every part of each chart against its schema, which takes longer than making it.
+    with telling(), schemapi.debug_mode(False):
         page(run_id)
     tell_malformed(store)
 
