@@ -4,6 +4,9 @@ import os
 import shutil
 import sys
 
+# Before torch is loaded, for the jobs of the tests as well: there is a test for each core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 

@@ -3,6 +3,7 @@
 import atexit
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -18,15 +19,27 @@ from torch import nn
 
 import gradwatch
 
+# Each rank is forked from a process that has loaded this, and nothing of ours.
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.tensor.parallel", "sqlalchemy"]
+)
+
 
 def run(job, world, folder, **arguments):
     """What the job returned (JSON-able) on each rank."""
     meeting = f"file://{folder}/meeting-{time.monotonic_ns()}"
-    mp.spawn(_start, (job, world, meeting, str(folder), arguments), nprocs=world)
+    mp.start_processes(
+        _start,
+        (job, world, meeting, str(folder), dict(os.environ), arguments),
+        nprocs=world,
+        start_method="forkserver",
+    )
     return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(world)]
 
 
-def _start(rank, job, world, meeting, folder, arguments):
+def _start(rank, job, world, meeting, folder, environ, arguments):
+    os.environ.clear()  # it is that of the first test which has started ranks
+    os.environ |= environ
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "GRADWATCH_METRICS_PORT": "0"}
     sys.argv = ["job.py"]
     os.chdir(folder)

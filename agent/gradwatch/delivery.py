@@ -64,8 +64,8 @@ class Delivery:
 
     def serve(self, channel: Channel) -> None:
         """Deliver all that is new in this channel's ring, and end it if that was asked for."""
-        behind = channel.ring.heads[0] - channel.store.steps > BEHIND
         try:
+            behind = channel.ring.heads[0] - channel.store.steps > BEHIND
             with self.turns.short() if behind else contextlib.nullcontext():
                 self._serve(channel)
         except Exception as error:  # noqa: BLE001 - a bug here must not end the worker

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["STRETCH", "Thinning", "event", "joined", "sampled"]
 
 STRETCH = ("thinned", "every", "first_step", "last_step")  # the data of an event of thinned steps
-_BATCH = 0.125  # of the ring: stored by one batch, at most
+_BATCH = 0.125  # of the ring: stored by one batch, at most,
+_ROWS = 1_000  # or so many, where that is more
 _MOST = 1024  # steps of which one is stored
 _BEHIND = 0.25  # of the ring: the store may be behind by so much
 _LATE = 0.5  # of the ring: it may be full before there is a second batch to see
@@ -33,7 +34,7 @@ class Thinning:
 
     def __init__(self, capacity: int) -> None:
         self.every = 1
-        self.rows = max(1, int(_BATCH * capacity))  # stored by one batch, at most
+        self.rows = max(_ROWS, int(_BATCH * capacity))  # stored by one batch, at most
         self._capacity = capacity
         self._before = math.inf  # steps that waited before the last batch; inf: not known
         self._grown = 0

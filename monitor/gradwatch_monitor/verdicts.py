@@ -354,10 +354,10 @@ def remarks(seen: Evidence, verdict: Verdict) -> list[str]:
             f"{still}: where it should fall, look at the learning rate before the threshold"
         )
     if seen.current_threshold is None and seen.history.policy not in {"", "ObserveOnly"}:
-        found.append(
-            f"the band and this threshold are about the global norm; {seen.history.policy} clips "
-            "by another measure"
-        )
+        clips = f"{seen.history.policy} clips by another measure"
+        if "," in seen.history.policy:  # one a group, or one an optimizer
+            clips = "this run clips parts of the gradient, each by a policy of its own"
+        found.append(f"the band and this threshold are about the global norm; {clips}")
     if verdict in {"change", "not_needed"}:
         found.append(
             "a constant is provisional: clipping changes the run it was read from, so check the "

@@ -286,6 +286,8 @@ def test_another_policy_s_clipping_is_not_called_none():
     result = recommend_from(told)
     assert result.verdict == "change"
     assert any("ClipValue clips by another measure" in reason for reason in result.reasons)
+    several = recommend_from(history(norms, threshold=None, policy="ClipNorm, ClipNorm"))
+    assert any("each by a policy of its own" in reason for reason in several.reasons)
 
 
 def test_the_norm_type_is_kept():
