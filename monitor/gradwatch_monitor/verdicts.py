@@ -317,6 +317,13 @@ def _outside(seen: Evidence, band: tuple[float, float]) -> list[str]:
     return told
 
 
+def _another_measure(policy: str) -> str:
+    clips = f"{policy} clips by another measure"
+    if "," in policy:  # one a group, or one an optimizer
+        clips = "this run clips parts of the gradient, each by a policy of its own"
+    return f"the band and this threshold are about the global norm; {clips}"
+
+
 def remarks(seen: Evidence, verdict: Verdict) -> list[str]:
     """What holds whatever the verdict."""
     found = []
@@ -354,10 +361,7 @@ def remarks(seen: Evidence, verdict: Verdict) -> list[str]:
             f"{still}: where it should fall, look at the learning rate before the threshold"
         )
     if seen.current_threshold is None and seen.history.policy not in {"", "ObserveOnly"}:
-        clips = f"{seen.history.policy} clips by another measure"
-        if "," in seen.history.policy:  # one a group, or one an optimizer
-            clips = "this run clips parts of the gradient, each by a policy of its own"
-        found.append(f"the band and this threshold are about the global norm; {clips}")
+        found.append(_another_measure(seen.history.policy))
     if verdict in {"change", "not_needed"}:
         found.append(
             "a constant is provisional: clipping changes the run it was read from, so check the "
