@@ -91,17 +91,8 @@ def ratio(where="1"):
     return value
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """On a machine with few cores the fused kernels of several threads wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=JOBS)
-def exported(request, _one_thread):
+def exported(request):
     """A store with such a job; what its exporter told."""
     return train(JOBS[request.param])
 
